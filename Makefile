@@ -31,15 +31,15 @@ check: $(STAMP)
 
 # Before a run: cells, rows, operations, time, disk and memory, and warnings. `make estimate CONFIG=my-config.yaml`
 estimate: $(STAMP)
-	PYTHONPATH=scripts .venv/bin/python -m selfrepair.estimate --configfile $(CONFIG)
+	PYTHONPATH=scripts .venv/bin/python -m selfrepair.tools.estimate --configfile $(CONFIG)
 
 # From a file back to what made it. `make provenance FILE=results/.../layer=0.parquet`
 provenance: $(STAMP)
-	PYTHONPATH=scripts .venv/bin/python -m selfrepair.lineage $(FILE)
+	PYTHONPATH=scripts .venv/bin/python -m selfrepair.tools.lineage $(FILE)
 
 # Compute a random sample of finished rows again, by full forward passes. `make verify ROWS=100`
 verify: $(STAMP)
-	PYTHONPATH=scripts .venv/bin/python -m selfrepair.verify --rows $(ROWS)
+	PYTHONPATH=scripts .venv/bin/python -m selfrepair.tools.verify --rows $(ROWS)
 
 # Measure this engine beside other tools, which live in an environment of their own. `make bench BENCH=--quick`
 .PHONY: bench
@@ -49,7 +49,7 @@ bench: $(STAMP) $(PEERS)
 
 # Drop finished cells that no file of results/ uses any more.
 prune: $(STAMP)
-	PYTHONPATH=scripts .venv/bin/python -m selfrepair.cellstore prune
+	PYTHONPATH=scripts .venv/bin/python -m selfrepair.jobs.cellstore prune
 
 # Through a real SLURM on this machine, which takes root and Debian's packages.
 test-cluster: $(STAMP)

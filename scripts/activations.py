@@ -1,7 +1,7 @@
 """Run the model on a data set: keep the store prompts' activations and the source prompts' clean effects."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

@@ -1,7 +1,7 @@
 """Compare the models of an experiment on one page."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

@@ -1,7 +1,7 @@
 """Ablate one layer for every prompt of a source: one cell."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

@@ -1,7 +1,7 @@
 """Draw the figures of an experiment and model, each with its data."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

@@ -1,7 +1,7 @@
 """Put figures and tables of an experiment and model on one page."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

@@ -1,7 +1,7 @@
 """Take mean and standard deviation of the stored activations over all data sets."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

@@ -1,7 +1,7 @@
 """Reduce all cells of an experiment and model to tables with confidence intervals."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

@@ -1,7 +1,7 @@
 """Choose and split a data set's prompts and turn them into tokens."""
 
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 
 submit(
     Job(

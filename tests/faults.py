@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
-from selfrepair import tables
+from selfrepair.storage import tables
 from stubproject import Project
 
 VICTIMS = ("snakemake", "job", "worker")
@@ -92,7 +92,7 @@ def _victims(project: Project, run: int, victim: str) -> list[psutil.Process]:
 
 def _is_worker(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        return "selfrepair.worker.server" in process.cmdline()
+        return "selfrepair.jobs.worker.server" in process.cmdline()
     return False
 
 

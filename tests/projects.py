@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from selfrepair import config
+from selfrepair.planning import config
 
 LAYERS = 8
 

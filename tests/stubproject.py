@@ -1,7 +1,7 @@
 """A copy of the workflow whose stages only pretend: everything around the arithmetic, in milliseconds.
 
-Rules, scripts, configuration, worker and cell store are the product's own; the modules of `selfrepair.stages`
-and `selfrepair.session` are replaced by the stand-ins below. They write small but genuine tables and do what
+Rules, scripts, configuration, worker and cell store are the product's own; the modules of `selfrepair.jobs.stages`
+and `selfrepair.jobs.session` are replaced by the stand-ins below. They write small but genuine tables and do what
 `behave.json` in the working directory says (see STAGE).
 """
 
@@ -44,8 +44,8 @@ import sys
 import time
 from pathlib import Path
 
-from selfrepair import tables
-from selfrepair.atomic import replacing
+from selfrepair.storage import tables
+from selfrepair.storage.atomic import replacing
 from selfrepair.errors import InputError
 
 FACTOR = 1
@@ -139,12 +139,12 @@ class Project:
         """A project with stand-in stages, a model of `layers` layers and data sets a and b."""
         copy_workflow(path)
         package = path / "scripts" / "selfrepair"
-        (package / "session.py").write_text(SESSION)
-        for module in (package / "stages").glob("*.py"):
+        (package / "jobs" / "session.py").write_text(SESSION)
+        for module in (package / "jobs" / "stages").glob("*.py"):
             if module.name != "__init__.py":
                 module.unlink()
         for stage in STAGES:
-            (package / "stages" / f"{stage}.py").write_text(STAGE)
+            (package / "jobs" / "stages" / f"{stage}.py").write_text(STAGE)
         write_model(path / "model", layers)
         for name in "ab":
             (path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
@@ -163,7 +163,7 @@ class Project:
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             words = process.info["cmdline"] or []
-            if "selfrepair.worker.server" in words and str(self.runtime_dir) in words[-1]:
+            if "selfrepair.jobs.worker.server" in words and str(self.runtime_dir) in words[-1]:
                 found += [process] if process.info["status"] != psutil.STATUS_ZOMBIE else []
         return found
 

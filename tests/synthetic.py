@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from selfrepair import tables
+from selfrepair.storage import tables
 
 Array = NDArray[np.float64]
 COMPONENTS = ("attn", "mlp")
@@ -441,8 +441,8 @@ def main() -> None:
     run = write(root, Plan(**given))
     print(f"{len(run.cells)} cells under {run.base}")
     if summary:
-        from selfrepair.job import Job
-        from selfrepair.stages import summary as stage
+        from selfrepair.jobs.job import Job
+        from selfrepair.jobs.stages import summary as stage
 
         stage.run(Job.from_json(run.summary_job()), None)
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import workload
-from selfrepair import tables
-from selfrepair.job import Job
-from selfrepair.session import Session
-from selfrepair.stages import activations, effects, std
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.session import Session
+from selfrepair.jobs.stages import activations, effects, std
+from selfrepair.storage import tables
 from torch import Tensor
 
 SOURCE, STORE = 50, 25

@@ -30,9 +30,9 @@ import operations
 import shares
 import torch
 import workload
-from selfrepair import selftest
-from selfrepair.models import ModelSpec, load
-from selfrepair.session import Session
+from selfrepair.effects import selftest
+from selfrepair.jobs.session import Session
+from selfrepair.models.loading import ModelSpec, load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workload import COMPONENTS, DEMO, ROOT, SHAPES, Piece, Work
 

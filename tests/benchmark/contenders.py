@@ -14,10 +14,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from selfrepair import packed
-from selfrepair.measure import measure
-from selfrepair.models import LoadedModel
-from selfrepair.runs import CleanRuns
+from selfrepair.effects.measure import measure
+from selfrepair.effects.runs import CleanRuns
+from selfrepair.models import packed
+from selfrepair.models.loading import LoadedModel
 from torch import Tensor
 from workload import COMPONENTS, Effects, Piece, Readout, Work
 

@@ -23,10 +23,10 @@ import numpy as np
 import operations
 import torch
 import workload
-from selfrepair import selftest
-from selfrepair.models import LoadedModel, ModelSpec, pick_device, wrap
-from selfrepair.runs import Prompt
-from selfrepair.session import Session
+from selfrepair.effects import selftest
+from selfrepair.jobs.session import Session
+from selfrepair.models.loading import LoadedModel, ModelSpec, pick_device, wrap
+from selfrepair.prompts.prompt import Prompt
 from transformers import AutoConfig, AutoModelForCausalLM
 from workload import COMPONENTS, SHAPES, Piece, Shape, Work
 

@@ -12,7 +12,7 @@ import contenders
 import meter
 import torch
 import workload
-from selfrepair.models import ModelSpec, load
+from selfrepair.models.loading import ModelSpec, load
 from workload import Shape, Work
 
 BASE = Shape(8, 256, 8, 4, 640, 4000)

@@ -96,12 +96,12 @@ def memory() -> dict[str, float]:
 def measure(directory: Path, dtype: str) -> None:
     """Load the model and run the grid; prints as it goes."""
     import torch
-    from selfrepair import measure as cells
-    from selfrepair.ablations import Replace, Self, Zero
-    from selfrepair.draws import Key
-    from selfrepair.models import ModelSpec
-    from selfrepair.runs import Prompt
-    from selfrepair.session import Session
+    from selfrepair.effects import measure as cells
+    from selfrepair.effects.ablations import Replace, Self, Zero
+    from selfrepair.effects.draws import Key
+    from selfrepair.jobs.session import Session
+    from selfrepair.models.loading import ModelSpec
+    from selfrepair.prompts.prompt import Prompt
 
     torch.set_num_threads(2)
     session = Session("cpu")

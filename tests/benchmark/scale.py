@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import stubproject  # noqa: E402
-from selfrepair import config as configuration  # noqa: E402
-from selfrepair.planning import Plan  # noqa: E402
+from selfrepair.planning import config as configuration  # noqa: E402
+from selfrepair.planning.plan import Plan  # noqa: E402
 
 DATASETS = 5
 ABLATIONS = ["zero", "mean", "random", "gaussian", "noise", "replace"]

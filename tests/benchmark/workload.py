@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import tiny_models
 import torch
-from selfrepair.ablations import Replace
-from selfrepair.clean import clean_run
-from selfrepair.draws import Key
-from selfrepair.models import LoadedModel
-from selfrepair.runs import Prompt
+from selfrepair.effects.ablations import Replace
+from selfrepair.effects.clean import clean_run
+from selfrepair.effects.draws import Key
+from selfrepair.models.loading import LoadedModel
+from selfrepair.prompts.prompt import Prompt
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]

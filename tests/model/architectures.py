@@ -21,14 +21,14 @@ if __name__ == "__main__":
 import tiny_models
 import torch
 import transformers
-from selfrepair import reference
-from selfrepair.adapter import require_decoder_only
-from selfrepair.clean import clean_run
-from selfrepair.engine import RowBlock, ablate
+from selfrepair.effects import reference
+from selfrepair.effects.clean import clean_run
+from selfrepair.effects.engine import RowBlock, ablate
+from selfrepair.effects.selftest import Choice, choose
 from selfrepair.errors import InputError
-from selfrepair.models import LoadedModel, wrap
-from selfrepair.selftest import Choice, choose
-from selfrepair.tables import EFFECT_COLUMNS
+from selfrepair.models.adapter import require_decoder_only
+from selfrepair.models.loading import LoadedModel, wrap
+from selfrepair.storage.tables import EFFECT_COLUMNS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -283,7 +283,7 @@ def _contributions(kinds: list[dict[str, Any]]) -> str:
 HEADER = """# Architectures
 
 Which modules hold the contributions, which norm reads the residual stream and which engine path is safe is found by
-how a model behaves, not by its name ([adapter](../scripts/selfrepair/adapter.py)). This table is what came out for
+how a model behaves, not by its name ([models](../scripts/selfrepair/models)). This table is what came out for
 every type of causal language model in transformers {version}, as a random model of four layers in float64, with
 prompts longer than any attention window. It is written by
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from selfrepair import adapter as adapters
-from selfrepair import attention, engine, models, selftest
-from selfrepair.adapter import NoDecompositionError, check_roles, detect
+from selfrepair.effects import engine, selftest
 from selfrepair.errors import InputError
-from selfrepair.models import check_closure, wrap
+from selfrepair.models import adapter as adapters
+from selfrepair.models import attention
+from selfrepair.models import loading as models
+from selfrepair.models.adapter import NoDecompositionError, check_roles, detect
+from selfrepair.models.loading import check_closure, wrap
 from torch import nn
 
 

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from selfrepair import draws, reference, runs, tables
-from selfrepair.job import Job
-from selfrepair.ledger import Effects
-from selfrepair.models import LoadedModel, ModelSpec, wrap
-from selfrepair.runs import CleanRuns, Prompt
-from selfrepair.session import Session
-from selfrepair.stages import activations, effects, std
+from selfrepair.effects import draws, reference, runs
+from selfrepair.effects.equations import Effects
+from selfrepair.effects.runs import CleanRuns
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.session import Session
+from selfrepair.jobs.stages import activations, effects, std
+from selfrepair.models.loading import LoadedModel, ModelSpec, wrap
+from selfrepair.prompts.prompt import Prompt
+from selfrepair.storage import tables
 
 SEED, MODEL, LENGTH, N_SOURCE, N_STORE, N_DRAWS = 5, "tiny", 7, 3, 4, 3
 ABLATIONS = ("zero", "self", "mean", "random", "gaussian", "noise", "replace-here", "replace-there")
@@ -269,7 +271,7 @@ def test_clean_table(experiment):
 
 
 def test_stored_activations_are_those_of_full_forwards(experiment):
-    from selfrepair import store
+    from selfrepair.storage import tensors as store
 
     for dataset, layer in itertools.product(("here", "there"), range(4)):
         tensors = store.read(experiment.layers(dataset)[layer])

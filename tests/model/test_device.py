@@ -6,8 +6,8 @@ import pytest
 import test_gpu
 import tiny_models
 import torch
-from selfrepair.models import wrap
-from selfrepair.selftest import choose
+from selfrepair.effects.selftest import choose
+from selfrepair.models.loading import wrap
 
 
 def model():

@@ -3,10 +3,10 @@
 import pytest
 import tiny_models
 import torch
-from selfrepair import reference
-from selfrepair.clean import clean_run
-from selfrepair.engine import PATHS, RowBlock, ablate
-from selfrepair.models import wrap
+from selfrepair.effects import reference
+from selfrepair.effects.clean import clean_run
+from selfrepair.effects.engine import PATHS, RowBlock, ablate
+from selfrepair.models.loading import wrap
 
 SCALARS = (
     "delta_unembed",

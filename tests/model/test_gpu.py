@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from selfrepair import measure, memory
-from selfrepair.ablations import EmbeddingNoise, Gaussian, Mean, Replace, Self, Zero
-from selfrepair.draws import Key
-from selfrepair.models import pick_device, wrap
-from selfrepair.runs import CleanRuns, Prompt
-from selfrepair.selftest import choose
-from selfrepair.session import bytes_per_row
+from selfrepair.effects import measure
+from selfrepair.effects.ablations import EmbeddingNoise, Gaussian, Mean, Replace, Self, Zero
+from selfrepair.effects.draws import Key
+from selfrepair.effects.runs import CleanRuns
+from selfrepair.effects.selftest import choose
+from selfrepair.jobs.session import bytes_per_row
+from selfrepair.models import memory
+from selfrepair.models.loading import pick_device, wrap
+from selfrepair.prompts.prompt import Prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -206,7 +208,7 @@ def test_out_of_memory_is_answered_by_smaller_chunks(caplog):
 def test_auto_is_the_gpu_and_an_empty_list_of_them_the_cpu():
     assert pick_device("auto").type == "cuda"
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; from selfrepair.models import pick_device; "
+        "import sys; sys.path[:0] = sys.argv[1:]; from selfrepair.models.loading import pick_device; "
         "print(pick_device('auto').type)"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

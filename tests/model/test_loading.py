@@ -13,11 +13,12 @@ import tiny_models
 import tiny_tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from selfrepair import digests, models
-from selfrepair.config import Model
 from selfrepair.errors import InputError
-from selfrepair.models import ModelSpec, load, local_snapshot, pick_device, weights_digest
-from selfrepair.session import Session
+from selfrepair.jobs.session import Session
+from selfrepair.models import loading as models
+from selfrepair.models.loading import ModelSpec, load, local_snapshot, pick_device, weights_digest
+from selfrepair.planning import digests
+from selfrepair.planning.config import Model
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 CPU = torch.device("cpu")

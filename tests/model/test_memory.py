@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from selfrepair import clean, measure, memory, runs, session
-from selfrepair.ablations import Replace, Zero
-from selfrepair.clean import clean_run, join
-from selfrepair.draws import Key
+from selfrepair.effects import clean, measure, runs
+from selfrepair.effects.ablations import Replace, Zero
+from selfrepair.effects.clean import clean_run, join
+from selfrepair.effects.draws import Key
+from selfrepair.effects.runs import Batch, CleanRuns
 from selfrepair.errors import InputError
-from selfrepair.models import wrap
-from selfrepair.runs import Batch, CleanRuns, Prompt
-from selfrepair.session import Session, bytes_per_row
+from selfrepair.jobs import session
+from selfrepair.jobs.session import Session, bytes_per_row
+from selfrepair.models import memory
+from selfrepair.models.loading import wrap
+from selfrepair.prompts.prompt import Prompt
 
 CASES = [("last", "rows"), ("last", "decode"), ("all", "trimmed")]
 

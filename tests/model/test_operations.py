@@ -9,12 +9,13 @@ import operations
 import pytest
 import tiny_models
 import torch
-from selfrepair import packed
-from selfrepair.ablations import Replace
-from selfrepair.draws import Key
-from selfrepair.measure import measure
-from selfrepair.models import wrap
-from selfrepair.runs import CleanRuns, Prompt
+from selfrepair.effects.ablations import Replace
+from selfrepair.effects.draws import Key
+from selfrepair.effects.measure import measure
+from selfrepair.effects.runs import CleanRuns
+from selfrepair.models import packed
+from selfrepair.models.loading import wrap
+from selfrepair.prompts.prompt import Prompt
 
 D, INNER, HEADS, KV, HEAD, L, V = 48, 112, 6, 3, 10, 5, 1009
 T, PROMPTS, DRAWS = 13, 4, 3

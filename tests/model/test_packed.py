@@ -3,11 +3,12 @@
 import pytest
 import tiny_models
 import torch
-from selfrepair import memory, packed
-from selfrepair.ablations import Zero
-from selfrepair.measure import COLUMNS, measure
-from selfrepair.models import wrap
-from selfrepair.runs import CleanRuns, Prompt
+from selfrepair.effects.ablations import Zero
+from selfrepair.effects.measure import COLUMNS, measure
+from selfrepair.effects.runs import CleanRuns
+from selfrepair.models import memory, packed
+from selfrepair.models.loading import wrap
+from selfrepair.prompts.prompt import Prompt
 from torch import nn
 
 needs_operations = pytest.mark.skipif(not packed.available(), reason="this PyTorch has no packed products")

@@ -9,10 +9,10 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 import torch
-from selfrepair import tables
-from selfrepair.job import Job
-from selfrepair.session import Session
-from selfrepair.stages import activations, effects, summary
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.session import Session
+from selfrepair.jobs.stages import activations, effects, summary
+from selfrepair.storage import tables
 from transformers import AutoModelForCausalLM
 
 N_SOURCE, N_STORE, N_DRAWS, LENGTH = 6, 4, 2, 7

@@ -4,10 +4,11 @@ import json
 
 import tiny_models
 import tiny_tokenizers
-from selfrepair import session
-from selfrepair.models import wrap
-from selfrepair.runs import CleanRuns, Prompt
-from selfrepair.session import Session
+from selfrepair.effects.runs import CleanRuns
+from selfrepair.jobs import session
+from selfrepair.jobs.session import Session
+from selfrepair.models.loading import wrap
+from selfrepair.prompts.prompt import Prompt
 
 
 def test_a_tokenizer_that_changed_on_disk_is_read_again(tmp_path):

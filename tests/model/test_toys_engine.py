@@ -7,9 +7,9 @@ import pytest
 import tiny_models
 import torch
 import toys
-from selfrepair.clean import clean_run
-from selfrepair.engine import PATHS, RowBlock, ablate
-from selfrepair.models import wrap
+from selfrepair.effects.clean import clean_run
+from selfrepair.effects.engine import PATHS, RowBlock, ablate
+from selfrepair.models.loading import wrap
 
 TOKEN, REPLACEMENT, LENGTH = 4, 9, 5
 COLUMNS = [name for name in toys.Truth.__dataclass_fields__]

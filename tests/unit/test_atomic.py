@@ -3,8 +3,8 @@ import os
 from pathlib import Path
 
 import pytest
-from selfrepair import atomic
 from selfrepair.errors import InputError
+from selfrepair.storage import atomic
 
 
 def test_the_target_appears_whole(tmp_path: Path) -> None:

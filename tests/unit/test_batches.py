@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from selfrepair import measure, runs
-from selfrepair.runs import Batch, Prompt, batches
+from selfrepair.effects import measure, runs
+from selfrepair.effects.runs import Batch, batches
+from selfrepair.prompts.prompt import Prompt
 
 PROMPTS = [Prompt(n, tuple(range(3 + n % 4)), target=n) for n in range(23)]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selfrepair import cellstore, tables
 from selfrepair.errors import DamagedFileError
-from selfrepair.job import Job
+from selfrepair.jobs import cellstore
+from selfrepair.jobs.job import Job
+from selfrepair.storage import tables
 
 
 def write_safetensors(path: Path, **metadata: str) -> None:

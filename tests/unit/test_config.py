@@ -6,8 +6,8 @@ import jsonschema
 import projects
 import pytest
 import yaml
-from selfrepair import config, config_schema, templates
 from selfrepair.errors import InputError
+from selfrepair.planning import config, config_schema, templates
 
 REPOSITORY = Path(__file__).parents[2]
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"

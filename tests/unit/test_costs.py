@@ -6,8 +6,9 @@ from pathlib import Path
 import projects
 import pytest
 import yaml
-from selfrepair import costs, estimate, modelsize
-from selfrepair.config import Model
+from selfrepair.planning import costs, modelsize
+from selfrepair.planning.config import Model
+from selfrepair.tools import estimate
 
 CONFIG = {
     "hidden_size": 16,

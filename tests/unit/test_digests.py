@@ -5,9 +5,9 @@ import time
 
 import projects
 import pytest
-from selfrepair import digests
-from selfrepair.config import Dataset, Model
 from selfrepair.errors import InputError
+from selfrepair.planning import digests
+from selfrepair.planning.config import Dataset, Model
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import synthetic
-from selfrepair.job import Job
-from selfrepair.stages import summary as stage
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.stages import summary as stage
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = synthetic.Plan(layers=8, prompts=12, draws=3)

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from selfrepair.draws import Key
+from selfrepair.effects.draws import Key
 
 KEY = Key(0, "demo", "facts", "replace-facts")
 
@@ -22,7 +22,7 @@ def test_a_value_is_what_it_is_in_any_process_and_version():
 
 def test_another_process_draws_the_same():
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; from selfrepair.draws import Key; "
+        "import sys; sys.path[:0] = sys.argv[1:]; from selfrepair.effects.draws import Key; "
         "print(Key(0, 'demo', 'facts', 'replace-facts').replacements(7, 5, 25).tolist())"
     )
     out = subprocess.run([sys.executable, "-c", code, *sys.path], capture_output=True, text=True, check=True)

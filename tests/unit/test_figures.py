@@ -13,8 +13,11 @@ import polars as pl
 import pytest
 import synthetic
 import vl_convert
-from selfrepair import tables
-from selfrepair.figures import (
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.stages import figures as stage
+from selfrepair.jobs.stages import summary as summary_stage
+from selfrepair.planning.figure_names import files, names
+from selfrepair.report.figures import (
     compensation,
     controls,
     correlation,
@@ -30,11 +33,8 @@ from selfrepair.figures import (
     theme,
     wording,
 )
-from selfrepair.figures.build import BUILDERS, build
-from selfrepair.figures.names import files, names
-from selfrepair.job import Job
-from selfrepair.stages import figures as stage
-from selfrepair.stages import summary as summary_stage
+from selfrepair.report.figures.build import BUILDERS, build
+from selfrepair.storage import tables
 
 PLAN = synthetic.Plan(datasets=("facts", "python"), layers=5, prompts=12, draws=3)
 SOURCE, ABLATION, LAYER, COMPONENT = "python", "replace-facts", 2, "attn"

@@ -3,9 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from selfrepair import fingerprint
-from selfrepair.dispatch import MODEL_STAGES, TABLE_STAGES, stage_module, worker_modules
-from selfrepair.fingerprint import code_digest, import_closure, package_digest
+from selfrepair.planning import fingerprint
+from selfrepair.planning.fingerprint import code_digest, import_closure, package_digest
+from selfrepair.planning.stages import MODEL_STAGES, TABLE_STAGES, stage_module, worker_modules
 
 FILES = {
     "__init__.py": '"""A package."""\n__version__ = "1"\n',
@@ -99,7 +99,7 @@ def test_a_change_of_logic_moves_exactly_those_who_import_it(package: Path) -> N
 
 
 def test_the_order_of_modules_does_not_count() -> None:
-    modules = ["selfrepair.tables", "selfrepair.job"]
+    modules = ["selfrepair.storage.tables", "selfrepair.jobs.job"]
     assert code_digest(modules) == code_digest(modules[::-1])
 
 
@@ -121,7 +121,11 @@ def test_the_closure_covers_what_python_really_imports(stage: str) -> None:
 def test_a_worker_holds_every_module_its_stages_import() -> None:
     closure = set().union(*map(import_closure, worker_modules()))
     assert closure >= set().union(*(import_closure(stage_module(stage)) for stage in MODEL_STAGES))
-    assert {"selfrepair.session", "selfrepair.worker.server", "selfrepair.cellstore"} <= closure
+    assert {
+        "selfrepair.jobs.session",
+        "selfrepair.jobs.worker.server",
+        "selfrepair.jobs.cellstore",
+    } <= closure
 
 
 def test_no_module_is_imported_by_a_computed_name() -> None:
@@ -131,6 +135,6 @@ def test_no_module_is_imported_by_a_computed_name() -> None:
         for path in fingerprint.PACKAGE.rglob("*.py")
         if "import_module(" in path.read_text() or "__import__(" in path.read_text()
     }
-    assert found == {"dispatch.py"}
+    assert found == {"jobs/dispatch.py"}
     for stage in MODEL_STAGES + TABLE_STAGES:
-        assert "selfrepair.dispatch" not in import_closure(stage_module(stage))
+        assert "selfrepair.jobs.dispatch" not in import_closure(stage_module(stage))

@@ -4,8 +4,9 @@ import time
 import projects
 import pytest
 import yaml
-from selfrepair import config, grid, modelfiles
 from selfrepair.errors import InputError
+from selfrepair.planning import config, grid
+from selfrepair.storage import checkpoints as modelfiles
 
 
 @pytest.fixture

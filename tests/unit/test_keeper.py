@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from selfrepair.worker import keeper
+from selfrepair.jobs.worker import keeper
 from test_worker import SUBMIT, Bench, wait_for
 
 BATCH = """
 import os, subprocess, sys, time
-from selfrepair.worker import keeper
+from selfrepair.jobs.worker import keeper
 assert keeper.in_batch_script()
 keeper.start()
 while not os.path.exists(keeper.address()):

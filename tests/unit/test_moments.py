@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from selfrepair import store
-from selfrepair.job import Job
-from selfrepair.stages import std
-from selfrepair.stages.std import Moments
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.stages import std
+from selfrepair.jobs.stages.std import Moments
+from selfrepair.storage import tensors as store
 
 LAYERS, WIDTH = 3, 5
 DATASETS = {"small": 2, "large": 9, "one": 1}  # stored prompts

@@ -5,10 +5,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from selfrepair import readers
-from selfrepair.config import Dataset
 from selfrepair.errors import InputError
-from selfrepair.readers import Prompt
+from selfrepair.planning.config import Dataset
+from selfrepair.prompts import readers
+from selfrepair.prompts.readers import Prompt
 
 KNOWN_1000 = Path(__file__).parents[3] / "shared" / "data" / "known_1000.json"
 

@@ -12,13 +12,13 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import synthetic
-from selfrepair import tables
 from selfrepair.errors import DamagedFileError
-from selfrepair.figures.names import files
-from selfrepair.job import Job
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.stages import crossmodel, figures, report, summary
+from selfrepair.planning.figure_names import files
 from selfrepair.report import comparison, page, readings
 from selfrepair.report.build import read as read_results
-from selfrepair.stages import crossmodel, figures, report, summary
+from selfrepair.storage import tables
 
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror=evil()> & <!-- \u2028"
 FEW = ("scatter-by-layer", "impact-before-after")

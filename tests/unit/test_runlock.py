@@ -8,14 +8,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from selfrepair import clock, runlock
 from selfrepair.errors import InputError
-from selfrepair.lifeline import alive, run_of
+from selfrepair.jobs.lifeline import alive, run_of
+from selfrepair.planning import runlock, startup
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from selfrepair import runlock
+from selfrepair.planning import runlock, startup
 runlock.hold([Path(sys.argv[1])])
 if len(sys.argv) > 2:
     import subprocess
@@ -26,7 +26,7 @@ time.sleep(60)
 
 CHILD = """
 import time
-from selfrepair.lifeline import end_with_run
+from selfrepair.jobs.lifeline import end_with_run
 end_with_run()
 print(1, flush=True)
 time.sleep(60)
@@ -80,7 +80,7 @@ def test_only_files_from_the_future_are_dated_anew(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (moment, moment))
     names = [tmp_path / name for name in ("past", "now", "future", "missing")]
-    assert clock.settle(names) == [str(tmp_path / "future")]
+    assert startup.fix_future_timestamps(names) == [str(tmp_path / "future")]
     assert abs((tmp_path / "future").stat().st_mtime - time.time()) < 5
     assert (tmp_path / "past").stat().st_mtime == pytest.approx(now - 9999)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from selfrepair.statistics import (
+from selfrepair.analysis.statistics import (
     MIN_PROMPTS,
     Bootstrap,
     Pairs,

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from selfrepair import store
 from selfrepair.errors import DamagedFileError
+from selfrepair.storage import tensors as store
 
 TENSORS = {
     "attn": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4).to(torch.bfloat16),

@@ -10,12 +10,12 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import synthetic
-from selfrepair import tables
-from selfrepair.cells import read_cell
+from selfrepair.analysis.cells import read_cell
+from selfrepair.analysis.summary import MEANS
 from selfrepair.errors import DamagedFileError, InputError
-from selfrepair.job import Job
-from selfrepair.stages import summary as stage
-from selfrepair.summary import MEANS
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.stages import summary as stage
+from selfrepair.storage import tables
 
 PLAN = synthetic.Plan(
     datasets=("facts", "python"), ablations=("zero", "noise", "replace"), layers=4, prompts=9, draws=3

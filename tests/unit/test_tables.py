@@ -3,8 +3,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from selfrepair import tables
 from selfrepair.errors import DamagedFileError
+from selfrepair.storage import tables
 
 COLUMNS = {
     "prompt": [3, 1, 2],

@@ -1,5 +1,5 @@
 import pytest
-from selfrepair.templates import FieldError, TemplateError, fill, parse
+from selfrepair.planning.templates import FieldError, TemplateError, fill, parse
 
 RECORD = {
     "prompt": "The mother tongue of {} is",

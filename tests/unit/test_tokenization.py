@@ -5,12 +5,14 @@ import random
 import projects
 import pytest
 import tiny_tokenizers
-from selfrepair import config, digests, tables, tokenization
 from selfrepair.errors import InputError
-from selfrepair.job import Job
-from selfrepair.readers import Prompt
-from selfrepair.stages import tokens
-from selfrepair.tokenization import Selection, Specials
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.stages import tokens
+from selfrepair.planning import config, digests
+from selfrepair.prompts import tokenization
+from selfrepair.prompts.readers import Prompt
+from selfrepair.prompts.tokenization import Selection, Specials
+from selfrepair.storage import tables
 from tiny_tokenizers import WORDS, word_id
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selfrepair.fingerprint import code_digest
-from selfrepair.worker import address as addresses
+from selfrepair.jobs.worker import address as addresses
+from selfrepair.planning.fingerprint import code_digest
 from stubproject import Project
 
 SUBMIT = """
 import json, sys
-from selfrepair.job import Job
-from selfrepair.submit import submit
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
 submit(Job.from_json(json.loads(sys.argv[1])))
 """
 
@@ -37,13 +37,17 @@ class Bench(Project):
 
     def job(self, name: str, **runtime: Any) -> dict[str, Any]:
         package = self.path / "scripts" / "selfrepair"
-        modules = ["selfrepair.worker.server", "selfrepair.stages.tokens", "selfrepair.session"]
-        modules += [f"selfrepair.stages.{stage}" for stage in ("activations", "std", "effects")]
+        modules = [
+            "selfrepair.jobs.worker.server",
+            "selfrepair.jobs.stages.tokens",
+            "selfrepair.jobs.session",
+        ]
+        modules += [f"selfrepair.jobs.stages.{stage}" for stage in ("activations", "std", "effects")]
         return {
             "stage": "tokens",
             "input": {},
             "output": {"tokens": f"results/{name}.parquet"},
-            "params": {"name": name, "code": code_digest(["selfrepair.stages.tokens"], package)},
+            "params": {"name": name, "code": code_digest(["selfrepair.jobs.stages.tokens"], package)},
             "runtime": {
                 "device": "cpu",
                 "worker": True,
@@ -262,12 +266,12 @@ def test_changed_modules_are_not_served_by_an_old_worker(bench: Bench) -> None:
     before = bench.job("before")
     bench.do(before)
     (old,) = bench.workers()
-    bench.edit("stages/tokens", "FACTOR = 1", "FACTOR = 2")
+    bench.edit("jobs/stages/tokens", "FACTOR = 1", "FACTOR = 2")
     log = bench.do(before, status=1)  # a job planned before the change
     assert "modules were changed while this run was under way" in log
     bench.do(bench.job("after"))
     assert old.pid not in [worker.pid for worker in bench.workers()]
-    from selfrepair import tables
+    from selfrepair.storage import tables
 
     assert tables.read(bench.path / "results" / "after.parquet")["x"].to_pylist() == [2]
     log = bench.do({**before, "runtime": {**before["runtime"], "worker": False}}, status=1)
@@ -276,7 +280,7 @@ def test_changed_modules_are_not_served_by_an_old_worker(bench: Bench) -> None:
 
 def test_comments_do_not_make_a_worker_old(bench: Bench) -> None:
     bench.do(bench.job("one"))
-    bench.edit("stages/tokens", "FACTOR = 1", "FACTOR = 1  # one")
+    bench.edit("jobs/stages/tokens", "FACTOR = 1", "FACTOR = 1  # one")
     bench.do(bench.job("two"))
     assert len({process for _, process, _, _ in bench.ran()}) == 1
 
@@ -320,7 +324,7 @@ def test_a_worker_whose_job_is_killed_before_it_asks_for_anything_ends_with_the_
     """Started for nobody, it would wait for work until it has been idle long enough."""
     job = bench.job("one", idle_seconds=60)
     starting = (
-        "import sys, json; from selfrepair.worker import address, client\n"
+        "import sys, json; from selfrepair.jobs.worker import address, client\n"
         "job = json.loads(sys.argv[1]); where = address.address(job['runtime'])\n"
         "client._start(where, job['runtime'])\n"
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from selfrepair import lineage, tables, verify
+from selfrepair.storage import tables
+from selfrepair.tools import lineage, verify
 from stubproject import Project
 
 CELL = "results/last/tiny/effects/source=a/ablation=replace-b/layer=1.parquet"

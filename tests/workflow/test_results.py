@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from selfrepair import tables
+from selfrepair.storage import tables
 from stubproject import Project
 from tinyproject import CONFIG
 
@@ -147,7 +147,7 @@ def test_a_damaged_cell_is_refused_by_name(finished: Project, copy: Project) -> 
 
 
 def test_pruning_keeps_what_is_used(copy: Project) -> None:
-    from selfrepair import cellstore
+    from selfrepair.jobs import cellstore
 
     (copy.path / "results/.cells/unused.parquet").write_bytes(b"x")
     assert cellstore.prune(copy.path / "results") == (1, 1)

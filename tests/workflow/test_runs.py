@@ -222,7 +222,7 @@ def test_planning_imports_nothing_heavy(project: Project) -> None:
 
 
 def test_a_script_that_asks_a_worker_imports_nothing_heavy(project: Project) -> None:
-    code = "import selfrepair.job, selfrepair.submit, selfrepair.dispatch, selfrepair.worker.client"
+    code = "import selfrepair.jobs.job, selfrepair.jobs.submit, selfrepair.jobs.dispatch, selfrepair.jobs.worker.client"
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", code],
         env={**os.environ, "PYTHONPATH": str(project.path / "scripts")},

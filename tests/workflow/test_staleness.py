@@ -163,17 +163,17 @@ def add_logic(project: Project, module: str) -> None:
 
 
 def test_the_colour_of_a_figure_reruns_figures_and_reports(project: Project) -> None:
-    add_logic(project, "figures/theme")
+    add_logic(project, "report/figures/theme")
     assert project.planned() == aggregates("all", "last", rules=("figures", "report"))
 
 
 def test_statistics_rerun_no_cell(project: Project) -> None:
-    add_logic(project, "statistics")
+    add_logic(project, "analysis/statistics")
     assert project.planned() == aggregates("all", "last")
 
 
 def test_the_engine_reruns_cells_and_no_tokens(project: Project) -> None:
-    add_logic(project, "ledger")
+    add_logic(project, "effects/equations")
     planned = project.planned()
     assert planned["effects"] == sorted(cells("ab") + ALL_CELLS)
     assert planned["activations"] == of_data("activations", "all b", "last a", "last b")

@@ -11,11 +11,13 @@ from snakemake.utils import update_config
 # Not `import workflow...`: that would replace Snakemake's own `workflow`.
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
-from selfrepair import clock, grid, lifeline, runlock
-from selfrepair import config as configuration
+from selfrepair.planning import grid
+from selfrepair.jobs import lifeline
+from selfrepair.planning import runlock, startup
+from selfrepair.planning import config as configuration
 from selfrepair.errors import InputError
-from selfrepair.planning import Plan
-from selfrepair.worker import keeper
+from selfrepair.planning.plan import Plan
+from selfrepair.jobs.worker import keeper
 
 
 def typed(value):
@@ -108,7 +110,7 @@ onstart:
         runlock.hold(Path(grid.RESULTS) / experiment for experiment in PLAN.config.experiments)
     except InputError as error:
         sys.exit(f"Error: {error}")
-    for name in clock.settle(PLAN.intermediates()):
+    for name in startup.fix_future_timestamps(PLAN.intermediates()):
         print(f"Warning: {name} was dated in the future; it is dated to now.", file=sys.stderr)
 
 

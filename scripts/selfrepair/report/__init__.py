@@ -1,1 +1,5 @@
-"""The report: tables and figures of one experiment and model on one page, with a reading of the numbers."""
+"""Figures, report pages and the comparison of models, drawn from summary tables and cells.
+
+A figure or sentence states only numbers that it reads from a table.
+Modules here may import from every room except `jobs` and `tools`.
+"""

@@ -7,11 +7,10 @@ from typing import Any
 
 import polars as pl
 
-from selfrepair import tables
-from selfrepair.figures import figure
-from selfrepair.figures.frames import table
-from selfrepair.figures.wording import number, plural
 from selfrepair.report import readings
+from selfrepair.report.figures import figure
+from selfrepair.report.figures.frames import table
+from selfrepair.report.figures.wording import number, plural
 from selfrepair.report.page import (
     Table,
     cell,
@@ -22,6 +21,7 @@ from selfrepair.report.page import (
     settings,
 )
 from selfrepair.report.results import Results, read
+from selfrepair.storage import tables
 
 EXAMPLES = 2  # prompts shown per data set
 EXAMPLE_TEXT = 220  # characters, from the end: the last position is where effects are read

@@ -7,13 +7,12 @@ import altair as alt
 import polars as pl
 from altair.utils.schemapi import debug_mode
 
-from selfrepair import tables
-from selfrepair.figures import controls, curves, figure, theme
-from selfrepair.figures.figure import Figure, csv, named, specification
-from selfrepair.figures.frames import default_ablation, order_ablations, table, without_control
-from selfrepair.figures.scatter import titled
-from selfrepair.figures.wording import INTERVAL, listing, plural
 from selfrepair.report import readings
+from selfrepair.report.figures import controls, curves, figure, theme
+from selfrepair.report.figures.figure import Figure, csv, named, specification
+from selfrepair.report.figures.frames import default_ablation, order_ablations, table, without_control
+from selfrepair.report.figures.scatter import titled
+from selfrepair.report.figures.wording import INTERVAL, listing, plural
 from selfrepair.report.page import (
     Picture,
     Table,
@@ -25,6 +24,7 @@ from selfrepair.report.page import (
     script,
     settings,
 )
+from selfrepair.storage import tables
 
 MEASURES = {
     "restoration": ("Restoration", "restoration (share of the direct loss)", "dimensionless"),

@@ -11,8 +11,8 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from selfrepair.figures import figure
-from selfrepair.figures.wording import number
+from selfrepair.report.figures import figure
+from selfrepair.report.figures.wording import number
 
 TEMPLATES = Path(__file__).with_name("templates")
 LARGEST_SVG = 250_000  # bytes; a larger drawing stands in the page as PNG

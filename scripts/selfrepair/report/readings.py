@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from selfrepair.figures.theme import COMPONENT
-from selfrepair.figures.wording import listing, number, percent, plural, ranges
+from selfrepair.analysis.statistics import Bootstrap, seed_of
+from selfrepair.report.figures.theme import COMPONENT
+from selfrepair.report.figures.wording import listing, number, percent, plural, ranges
 from selfrepair.report.results import Results
-from selfrepair.statistics import Bootstrap, seed_of
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from selfrepair.figures.frames import default_ablation, order_ablations, table, without_control
+from selfrepair.report.figures.frames import default_ablation, order_ablations, table, without_control
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""Reading finished cells back: verified, complete, finite, as arrays by component, prompt and draw."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from selfrepair.errors import DamagedFileError, InputError
+from selfrepair.storage import tables
+
+Floats = NDArray[np.float32]
+CONTRIBUTIONS = ("attn", "mlp")
+CONTROL = "self"  # a contribution replaced by itself: the noise floor, not an ablation
+FLOATS = (*tables.EFFECT_COLUMNS, "clean_logit", "ablated_logit")
+_KEYS = ("experiment", "model", "source", "ablation")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One effects file: every prompt and draw of one ablation of one layer."""
+
+    path: str
+    experiment: str
+    model: str
+    source: str
+    ablation: str
+    layer: int
+    components: tuple[str, ...]  # sorted
+    prompts: NDArray[np.int32]  # (prompt,) ids, ascending
+    draws: NDArray[np.int16]  # (draw,) ascending
+    values: dict[str, Floats]  # per column of tables.EFFECT_COLUMNS: (component, prompt, draw)
+    downstream: Floats  # (component, prompt, draw, 2 = attention and MLP, layer)
+    correct: NDArray[np.bool_] | None  # (prompt,)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells this cell from the others of its experiment and model."""
+        return self.source, self.ablation, self.layer
+
+    def row(self, component: int, prompt: int, draw: int) -> str:
+        """Name one row, given by its place in the arrays, for people."""
+        return (
+            f"ablation={self.ablation} layer={self.layer} component={self.components[component]} "
+            f"prompt={self.prompts[prompt]} draw={self.draws[draw]}"
+        )
+
+
+def read_cell(path: str | os.PathLike[str]) -> Cell:
+    """Read one effects file and check all that can be checked without the others.
+
+    Raises DamagedFileError where the contents are not what was written or not a whole cell, InputError where
+    the file is missing or an effect is NaN or infinite (named by its row).
+    """
+    table = _verified(path, tables.EFFECTS)
+    if not len(table):
+        raise _damaged(path, "it has no rows")
+    for name in ("component", "prompt", "draw"):
+        if table[name].null_count:
+            raise _damaged(path, f"column {name} has nulls")
+    keys = {name: _only(path, name, table[name].cast(pa.string())) for name in _KEYS}
+    layer = int(_only(path, "layer", table["layer"]))
+    component = np.asarray(table["component"].cast(pa.string()).to_pylist())
+    prompt, draw = table["prompt"].to_numpy(), table["draw"].to_numpy()
+
+    floats = {name: table[name].to_numpy() for name in FLOATS}
+    lists = {name: _matrix(path, name, table[name]) for name in ("downstream_attn", "downstream_mlp")}
+    for name, values in (floats | lists).items():
+        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise InputError(
+                f"row {row} ({component[row]}, prompt {prompt[row]}, draw {draw[row]}): {name} is not a "
+                f"finite number",
+                where=str(path),
+                remedy=f"the model's numbers overflowed: set a wider `dtype` (bfloat16, float32) for model "
+                f"{keys['model']!r} in the configuration, or look at this prompt.",
+            )
+
+    components, prompts, draws = (np.unique(values) for values in (component, prompt, draw))
+    shape = len(components), len(prompts), len(draws)
+    order = np.lexsort((draw, prompt, component))
+    places = [np.searchsorted(*pair) for pair in ((components, component), (prompts, prompt), (draws, draw))]
+    where = np.ravel_multi_index(places, shape)[order]
+    if not np.array_equal(where, np.arange(np.prod(shape))):
+        raise _damaged(
+            path, f"{len(table)} rows are not {shape[0]} components x {shape[1]} prompts x {shape[2]} draws"
+        )
+    return Cell(
+        str(path),
+        **keys,
+        layer=layer,
+        components=tuple(map(str, components)),
+        prompts=prompts,
+        draws=draws,
+        values={name: floats[name][order].reshape(shape) for name in tables.EFFECT_COLUMNS},
+        downstream=np.stack([lists[name][order].reshape(*shape, -1) for name in lists], axis=-2),
+        correct=_correct(path, table["correct"], order, shape),
+    )
+
+
+def read_clean(path: str | os.PathLike[str]) -> pa.Table:
+    """Read one clean table, verified; its numbers must be finite and its rows of one source."""
+    table = _verified(path, tables.CLEAN)
+    if not len(table):
+        raise _damaged(path, "it has no rows")
+    for name in _KEYS[:3]:
+        _only(path, name, table[name].cast(pa.string()))
+    for name in ("clean_logit", "sigma", "closure_error", "readout_error"):
+        finite = np.isfinite(table[name].to_numpy())
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise InputError(
+                f"row {row} (prompt {table['prompt'][row]}): {name} is not a finite number",
+                where=str(path),
+                remedy="the model's numbers overflowed: set a wider `dtype` in the configuration.",
+            )
+    return table
+
+
+def downstream_of(layer: int, component: str, layers: int, *, parallel: bool) -> NDArray[np.bool_]:
+    """Which contributions lie below an ablation, (2 = attention and MLP, layer).
+
+    An attention ablation also changes its own layer's MLP, unless both read the same residual stream.
+    """
+    index = np.arange(layers)
+    below = np.stack([index > layer, index > layer])
+    below[1, layer] = component == "attn" and not parallel
+    return below
+
+
+def _verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
+    try:
+        table = tables.read(path)
+    except FileNotFoundError as error:
+        raise InputError(
+            "a file of results/ is missing",
+            where=str(path),
+            remedy="run the same command again: what is missing is computed.",
+        ) from error
+    if table.schema.names != schema.names:
+        differing = sorted(set(table.schema.names) ^ set(schema.names))
+        raise _damaged(path, f"its columns are not this version's (differing: {', '.join(differing)})")
+    return table
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> DamagedFileError:
+    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed anew."
+    return DamagedFileError(what, where=str(path), remedy=remedy)
+
+
+def _only(path: str | os.PathLike[str], name: str, column: pa.ChunkedArray) -> str:
+    values = pc.unique(column).to_pylist()
+    if len(values) != 1 or values[0] is None:
+        raise _damaged(path, f"column {name} should hold one value, and holds {values[:5]}")
+    return values[0]
+
+
+def _matrix(path: str | os.PathLike[str], name: str, column: pa.ChunkedArray) -> Floats:
+    """A column of lists of one length as (row, layer)."""
+    lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(lengths) != 1 or not lengths[0]:
+        raise _damaged(path, f"the lists of {name} should have one entry per layer, and have {lengths[:5]}")
+    return pc.list_flatten(column).to_numpy().reshape(len(column), lengths[0])
+
+
+def _correct(
+    path: str | os.PathLike[str], column: pa.ChunkedArray, order: NDArray[np.intp], shape: tuple[int, ...]
+) -> NDArray[np.bool_] | None:
+    if column.null_count == len(column):
+        return None
+    if column.null_count:
+        raise _damaged(path, "`correct` is known for some rows and not for others")
+    correct = column.to_numpy().astype(bool)[order].reshape(shape)
+    if not (correct == correct[:1, :, :1]).all():
+        raise _damaged(path, "`correct` differs between rows of one prompt")
+    return correct[0, :, 0]

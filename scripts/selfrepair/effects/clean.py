@@ -1,0 +1,184 @@
+"""The clean run of a batch of prompts: everything an ablation starts from or is compared with."""
+
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfrepair.effects.equations import centred
+from selfrepair.models import attention, hooks, packed
+from selfrepair.models.loading import LoadedModel
+from selfrepair.models.readout import Direction, Readout
+
+_PROMPTS_READ = 64  # prompts whose logits over the whole vocabulary are worked out at once
+
+
+@dataclass
+class CleanRun:
+    """Prompts of one length T, run once. P = 1 (positions: last) or T (positions: all) kept positions.
+
+    Activations are in the model's precision, effects in readout precision.
+    """
+
+    prompts: list[int]  # ids
+    input_ids: Tensor  # (prompt, T)
+    direction: Direction
+    clean_y: Tensor  # (prompt,) centred target logit without the constant biases
+    effects: dict[str, Tensor]  # component -> (prompt, layer) direct effects u(c)
+    argmax: Tensor  # (prompt,) the model's own prediction
+    probability: Tensor  # (prompt,) of the target
+    embedding_effect: Tensor  # (prompt,) u(z^0)
+    closure_error: Tensor  # (prompt,) |z^L - z^0 - sum of contributions| / |z^L|
+    readout_error: Tensor  # (prompt,) |centred target logit here - the model's own|, after its soft-cap
+    own_norm: dict[str, Tensor]  # component -> (prompt, layer) the own-norm lens
+    residual: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # layer -> (prompt, P, d_model) entering it; L: the final one, (prompt, 1, d_model)
+    contributions: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # -> (prompt, P, d_model)
+    prefix: attention.KeysValues = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """T, tokens per prompt."""
+        return self.input_ids.shape[1]
+
+    def nbytes(self) -> int:
+        """Memory of the kept activations."""
+        tensors = [*self.residual.values(), *self.contributions.values()]
+        tensors += [tensor for pair in self.prefix.values() for tensor in pair]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def clean_run(
+    loaded: LoadedModel,
+    prompts: list[int],
+    input_ids: Tensor,  # (prompt, T) int64
+    *,
+    positions: str,
+    target: Tensor | None = None,  # (prompt,) token ids; None: the argmax of the clean logits
+    keep: Collection[int] | None = None,  # layers whose activations are wanted; None: all
+    prefix: bool = False,  # record keys and values (models that support it)
+) -> CleanRun:
+    """Run prompts once and keep what the method needs of it."""
+    readout, n_layers = loaded.readout, loaded.n_layers
+    wanted = set(range(n_layers)) if keep is None else set(keep)
+    batch, length = input_ids.shape
+    residual: dict[int, Tensor] = {}
+    contributions: dict[tuple[int, str], Tensor] = {}
+    at_last: dict[tuple[int, str], Tensor] = {}  # (prompt, d_model), readout precision
+    embedding: list[Tensor] = []
+
+    def kept(x: Tensor) -> Tensor:
+        # Cloned: some models go on to add into the tensors that hooks see.
+        return (x if positions == "all" else x[:, -1:]).clone()
+
+    def entering(number: int) -> Callable[[Tensor], None]:
+        def see(hidden: Tensor) -> None:
+            if number == 0:
+                embedding.append(hidden[:, -1].to(readout.dtype))
+            if number in wanted:
+                residual[number] = kept(hidden)
+
+        return see
+
+    def contributing(number: int, component: str) -> Callable[[object], None]:
+        multiplier = loaded.layer(number).multiplier
+
+        def see(output: object) -> None:
+            value = hooks.first(output).reshape(batch, length, -1)
+            if multiplier != 1.0:
+                value = value * multiplier
+            at_last[number, component] = value[:, -1].to(readout.dtype).clone()
+            if number in wanted:
+                contributions[number, component] = kept(value)
+
+        return see
+
+    def leaving(output: object) -> None:
+        residual[n_layers] = hooks.first(output)[:, -1:].clone()
+
+    outputs = [
+        (loaded.contribution(number, component), contributing(number, component))
+        for number in range(n_layers)
+        for component in ("attn", "mlp")
+    ]
+    inputs = [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
+    nothing: attention.KeysValues = {}
+    recorder: contextlib.AbstractContextManager[attention.KeysValues] = (
+        attention.recording(loaded.model) if prefix else contextlib.nullcontext(nothing)
+    )
+    with (
+        hooks.on_input(inputs),
+        hooks.on_output([*outputs, (loaded.layers[-1], leaving)]),
+        recorder as keys_values,
+        packed.context(loaded, batch * length),
+    ):
+        output = loaded.model(input_ids=input_ids, use_cache=False, **loaded.last_logits_only)
+
+    final = residual[n_layers][:, -1].to(readout.dtype)
+    # One readout serves every precision: float32 or better, from the final residual stream. In float32 and
+    # float64 it agrees with the model's own logits to rounding; for 16-bit models it is the reference that
+    # picks the target (their own logits tie and flip in the last bit).
+    argmax, chosen, probability, readout_error = _read(readout, final, output.logits[:, -1], target)
+    direction = readout.direction(chosen, final)
+    clean_y, _ = readout.centred_logit(final, direction)
+    stacked = {c: torch.stack([at_last[n, c] for n in range(n_layers)], 1) for c in ("attn", "mlp")}
+    rebuilt = embedding[0] + stacked["attn"].sum(1) + stacked["mlp"].sum(1)
+    return CleanRun(
+        prompts=list(prompts),
+        input_ids=input_ids,
+        direction=direction,
+        clean_y=clean_y,
+        effects={component: direction.effect(x) for component, x in stacked.items()},
+        argmax=argmax,
+        probability=probability,
+        embedding_effect=direction.effect(embedding[0]),
+        closure_error=(rebuilt - final).norm(dim=-1) / final.norm(dim=-1),
+        readout_error=readout_error,
+        own_norm={component: readout.centred_logit(x, direction)[0] for component, x in stacked.items()},
+        residual=residual,
+        contributions=contributions,
+        prefix=keys_values,
+    )
+
+
+def _read(
+    readout: Readout,
+    final: Tensor,  # (prompt, d_model)
+    own: Tensor,  # (prompt, vocabulary) the model's own logits
+    target: Tensor | None,  # (prompt,)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Argmax, target, its probability and the readout's error of each prompt, all (prompt,).
+
+    Some prompts at a time: what has the vocabulary's size in float32 would outgrow everything else.
+    """
+    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for first in range(0, len(final), _PROMPTS_READ):
+        part = slice(first, first + _PROMPTS_READ)
+        logits = readout.logits(final[part])
+        argmax = logits.argmax(-1)
+        chosen = argmax if target is None else target[part].to(argmax.device)
+        capped = readout.capped(logits)
+        error = (centred(capped, chosen) - centred(own[part].to(readout.dtype), chosen)).abs()
+        columns.append((argmax, chosen, capped.softmax(-1).gather(-1, chosen[:, None])[:, 0], error))
+    argmaxes, targets, probabilities, errors = (torch.cat(column) for column in zip(*columns, strict=True))
+    return argmaxes, targets, probabilities, errors
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """Clean runs of prompts of one length, made with the same settings, as one; so too whatever they are made of."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, dict):
+        return {key: join([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(join(values) for values in zip(*parts, strict=True))
+    if isinstance(first, list):
+        return [entry for part in parts for entry in part]
+    names = [item.name for item in fields(first)]
+    return type(first)(**{name: join([getattr(part, name) for part in parts]) for name in names})

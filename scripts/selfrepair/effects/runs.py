@@ -1,0 +1,177 @@
+"""The clean runs of a data set's prompts, in batches of one length, kept while memory allows."""
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from selfrepair.effects.clean import CleanRun, clean_run, join
+from selfrepair.models import memory
+from selfrepair.models.loading import LoadedModel
+from selfrepair.prompts.prompt import Prompt
+
+log = logging.getLogger("selfrepair")
+
+# Most tokens and prompts of a clean run: enough to fill a GPU, while the keys and values of all layers, and the
+# model's own logits over its vocabulary, stay small beside the weights.
+_TOKENS = 8192
+_PROMPTS = 256
+_TOKENS_MEASURED = 8  # of one prompt, to tell what all runs will take
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one length."""
+
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return len(self.prompts[0].input_ids)
+
+    def input_ids(self, device: torch.device) -> Tensor:  # (prompt, T)
+        """Token ids."""
+        return torch.tensor([prompt.input_ids for prompt in self.prompts], device=device)
+
+    def targets(self) -> Tensor | None:  # (prompt,)
+        """Target tokens, where they are given."""
+        given = [prompt.target for prompt in self.prompts]
+        return None if None in given else torch.tensor(given)
+
+
+def batches(prompts: Sequence[Prompt], tokens: int) -> Iterator[Batch]:
+    """Cut prompts into batches of one length, at most `tokens` tokens each (or one prompt). Nothing is ever padded.
+
+    Batches of short prompts are kept small as well, see _TOKENS and _PROMPTS.
+    """
+    by_length: dict[int, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_length[len(prompt.input_ids)].append(prompt)
+    for length, group in sorted(by_length.items()):
+        size = max(1, min(tokens, _TOKENS) // length)
+        size = min(size, _PROMPTS)
+        for first in range(0, len(group), size):
+            yield Batch(tuple(group[first : first + size]))
+
+
+def run_batch(
+    loaded: LoadedModel,
+    batch: Batch,
+    *,
+    positions: str,
+    keep: Collection[int] | None,
+    prefix: bool = False,
+) -> CleanRun:
+    """The clean run of a batch (arguments as for `clean_run`); in halves where a GPU's memory runs out.
+
+    Raises InputError where one prompt alone is too much.
+    """
+    try:
+        return clean_run(
+            loaded,
+            [prompt.id for prompt in batch.prompts],
+            batch.input_ids(loaded.device),
+            positions=positions,
+            target=batch.targets(),
+            keep=keep,
+            prefix=prefix,
+        )
+    except torch.OutOfMemoryError:
+        if len(batch.prompts) == 1:
+            raise memory.too_little(loaded.device, batch.length) from None
+    # Outside of the handler: the error's traceback would hold the tensors of the failed attempt.
+    memory.release()
+    log.warning("out of GPU memory: going on with half as many prompts at once")
+    middle = len(batch.prompts) // 2
+    halves = (Batch(batch.prompts[:middle]), Batch(batch.prompts[middle:]))
+    return join([run_batch(loaded, half, positions=positions, keep=keep, prefix=prefix) for half in halves])
+
+
+class CleanRuns:
+    """Clean runs by batch, with the activations of the layer asked for.
+
+    All layers of all batches are kept if they fit into `budget` bytes together; otherwise a request runs its
+    batch again for that layer only, so that memory is bounded by a batch, not by the number of prompts.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompts: Sequence[Prompt],
+        positions: str,
+        prefix: bool,
+        tokens: int,
+        budget: int,
+    ) -> None:
+        self.batches = list(batches(prompts, tokens))
+        self._loaded, self._positions, self._prefix, self._budget = loaded, positions, prefix, budget
+        self._targets = {prompt.id: prompt.target for prompt in prompts}
+        self._kept: dict[int, CleanRun] = {}
+        self._latest: tuple[tuple[int, int], CleanRun] | None = None
+
+    @property
+    def all_kept(self) -> bool:
+        """Whether runs, once made, stay."""
+        return self.nbytes <= self._budget
+
+    def run(self, number: int, layer: int) -> CleanRun:
+        """The clean run of batch `number`; its activations at `layer` are there."""
+        if self.all_kept:
+            return self.readings(number)
+        if self._latest is None or self._latest[0] != (number, layer):
+            self._latest = None  # before the next one takes its memory
+            self._latest = ((number, layer), self._run(number, {layer}))
+        return self._latest[1]
+
+    def readings(self, number: int) -> CleanRun:
+        """The clean run of batch `number`, with its activations only where they are kept anyway."""
+        if not self.all_kept:
+            return self._run(number, ())
+        if number not in self._kept:
+            self._kept[number] = self._run(number, None)
+        return self._kept[number]
+
+    def serves(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether these runs are those of `prompts`: the same ids, and the targets asked for or found."""
+        wanted = {prompt.id: prompt.target for prompt in prompts}
+        if wanted == self._targets:
+            return True
+        found = {
+            prompt: target
+            for run in self._kept.values()
+            for prompt, target in zip(run.prompts, run.direction.target.tolist(), strict=True)
+        }
+        return found == wanted
+
+    def _run(self, number: int, keep: Collection[int] | None) -> CleanRun:
+        return run_batch(
+            self._loaded, self.batches[number], positions=self._positions, keep=keep, prefix=self._prefix
+        )
+
+    @cached_property
+    def nbytes(self) -> int:
+        """About what all runs take together."""
+        # Measured on the beginning of a prompt and one layer and scaled: the residual stream and two contributions
+        # per layer, for all prompts alike; keys and values by tokens.
+        prompt = self.batches[0].prompts[0]
+        run = run_batch(
+            self._loaded,
+            Batch((replace(prompt, input_ids=prompt.input_ids[:_TOKENS_MEASURED]),)),
+            positions=self._positions,
+            keep={0},
+            prefix=self._prefix,
+        )
+        one = sum(t.numel() * t.element_size() for t in (run.residual[0], *run.contributions.values()))
+        keys_values = sum(t.numel() * t.element_size() for pair in run.prefix.values() for t in pair)
+        tokens = sum(len(batch.prompts) * batch.length for batch in self.batches)
+        prompts = sum(len(batch.prompts) for batch in self.batches)
+        rows = prompts if self._positions == "last" else tokens / run.length
+        # Of the last position no keys and values are recorded.
+        recorded = (tokens - prompts) / max(1, run.length - 1)
+        return math.ceil(one * self._loaded.n_layers * rows + keys_values * recorded)

@@ -1,0 +1,163 @@
+"""Which engine path a model may take: the fastest that agrees with full hooked forwards on its own prompts.
+
+Checked at load, on the prompts at hand (a window or a chunk of attention shows only at real lengths): every effect
+column for an early and a middle layer and both components, and for every layer that a run may begin there.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from selfrepair.effects import reference
+from selfrepair.effects.clean import CleanRun, clean_run
+from selfrepair.effects.engine import PATHS, RowBlock, ablate, restart_error
+from selfrepair.errors import InputError
+from selfrepair.models import attention
+from selfrepair.models.adapter import COMPONENTS
+from selfrepair.models.loading import LoadedModel
+from selfrepair.storage.tables import EFFECT_COLUMNS
+
+log = logging.getLogger("selfrepair")
+
+# Largest disagreement with the reference, relative to the size of the logits at stake, by model precision.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A path, how far it was from the reference, and why faster ones were not taken."""
+
+    path: str
+    error: float  # largest absolute difference of any effect column, in logits
+    relative_error: float  # the same over the size of the logits at stake
+    rejected: dict[str, str]
+
+
+def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str) -> Choice:
+    """The fastest path that agrees with full forwards on `prompts` (token ids, (T,) each).
+
+    Raises InputError if none does: then this model cannot be measured by intervening on its modules.
+    """
+    rejected: dict[str, str] = {}
+    expected = _Expected(loaded, prompts, positions)
+    for path in PATHS[positions]:
+        if path == "rows" and not attention.supported(loaded.model):
+            rejected[path] = "the architecture's attention cannot be exchanged"
+            continue
+        try:
+            error, relative = expected.disagreement(path)
+        except Exception as reason:  # an architecture may fail in any way on a path it was not made for
+            rejected[path] = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+            continue
+        if relative <= TOLERANCE[loaded.dtype]:
+            log.info("positions %s: path `%s`, within %.2g logits of full forwards", positions, path, error)
+            for name, why in rejected.items():
+                log.info("  not `%s`: %s", name, why)
+            return Choice(path, error, relative, rejected)
+        rejected[path] = f"off by {error:.2g} logits from full forwards"
+    reasons = "; ".join(f"{path}: {why}" for path, why in rejected.items())
+    raise InputError(
+        f"no way of running ablations agrees with full forward passes ({reasons})",
+        where=loaded.spec.path if loaded.spec else type(loaded.model).__name__,
+        remedy="this model cannot be measured; please report it with its config.json.",
+    )
+
+
+def _unchanged(row: reference.ReferenceEffects) -> reference.ReferenceEffects:
+    """What a contribution replaced by itself must give."""
+    nothing = [0.0] * len(row.downstream_attn)
+    return replace(
+        row,
+        delta_ablate=0.0,
+        direct_effect=0.0,
+        compensation_attn=0.0,
+        compensation_mlp=0.0,
+        norm_effect=0.0,
+        ablated_logit=row.clean_logit,
+        downstream_attn=nothing,
+        downstream_mlp=nothing,
+    )
+
+
+class _Expected:
+    """A few ablations and their reference effects."""
+
+    def __init__(self, loaded: LoadedModel, prompts: list[Tensor], positions: str) -> None:
+        self.loaded, self.positions = loaded, positions
+        self.cases: list[tuple[int, str, list[Tensor], list[reference.ReferenceEffects]]] = []
+        generator = torch.Generator().manual_seed(0)
+        middle = loaded.n_layers // 2
+        clean = [reference.forward(loaded, ids) for ids in prompts]
+        wanted = {(number, component) for number in range(loaded.n_layers) for component in COMPONENTS}
+        if silent := sorted(wanted - set(clean[0].contributions)):
+            raise InputError(
+                f"contributions {silent[:4]} were not seen in a forward pass",
+                where=type(loaded.model).__name__,
+                remedy="this model cannot be measured; please report it with its config.json.",
+            )
+        for layer, component in dict.fromkeys([(0, "attn"), (0, "mlp"), (middle, "attn"), (middle, "mlp")]):
+            values, rows = [], []
+            for ids, before in zip(prompts, clean, strict=True):
+                own = before.contributions[layer, component]
+                kept = len(own) if positions == "all" else 1
+                # Noise of the contribution's own size: large enough to move everything downstream.
+                noise = torch.randn(kept, own.shape[-1], generator=generator).to(own.device)
+                value = (noise * own.float().std()).to(own.dtype)
+                target = int(before.logits.argmax())
+                # Two rows, or a path that mixes rows up would pass: the second replaces the contribution by itself.
+                values.append(torch.stack([value, own[-kept:]]))
+                expected = reference.effects(loaded, ids, layer, component, value, target, before)
+                rows += [expected, _unchanged(expected)]
+            self.cases.append((layer, component, values, rows))
+        self.prompts = prompts
+        self.targets = [int(before.logits.argmax()) for before in clean]
+
+    def disagreement(self, path: str) -> tuple[float, float]:
+        """Largest absolute difference of any column, and relative to the logits at stake."""
+        loaded = self.loaded
+        runs = [
+            clean_run(
+                loaded,
+                [number],
+                ids[None],
+                positions=self.positions,
+                target=torch.tensor([target]),
+                prefix=path == "rows",
+            )
+            for number, (ids, target) in enumerate(zip(self.prompts, self.targets, strict=True))
+        ]
+        if path != "full":
+            self._check_restarts(runs[-1], path)
+        worst = worst_relative = 0.0
+        for layer, component, values, rows in self.cases:
+            blocks = [
+                RowBlock(run, slice(0, 1), value[None]) for run, value in zip(runs, values, strict=True)
+            ]
+            groups = [blocks] if path == "rows" else [[block] for block in blocks]
+            found = [ablate(loaded, group, layer, component, self.positions, path) for group in groups]
+            stake = max(
+                1.0, *(abs(row.clean_logit) for row in rows), *(abs(row.ablated_logit) for row in rows)
+            )
+            # Engine and reference share the adapter: a wrong one may leave both open by the same amount.
+            ledger = float(torch.cat([effects.ledger_error() for effects in found]).max())
+            if not ledger <= TOLERANCE[loaded.dtype] * stake:
+                raise InputError(f"the ledger is open by {ledger:.2g} logits (layer {layer}, {component})")
+            for column in (*EFFECT_COLUMNS, "clean_logit", "ablated_logit"):
+                actual = torch.cat([getattr(effects, column) for effects in found]).double().cpu()
+                wanted = torch.tensor([getattr(row, column) for row in rows], dtype=torch.float64)
+                difference = float((actual - wanted).abs().max())
+                if not difference < float("inf"):  # also when it is not a number
+                    raise InputError("effects are not finite")
+                worst, worst_relative = max(worst, difference), max(worst_relative, difference / stake)
+        return worst, worst_relative
+
+    def _check_restarts(self, run: CleanRun, path: str) -> None:
+        """Every layer must give its clean output when a run begins there: one layer each, one pass in all."""
+        for start in range(1, self.loaded.n_layers):
+            own = run.contributions[start - 1, "mlp"][:, None]
+            block = RowBlock(run, slice(0, 1), own.expand(-1, 2, -1, -1))
+            error = restart_error(self.loaded, block, start, self.positions, path)
+            if not error <= TOLERANCE[self.loaded.dtype]:
+                raise InputError(f"layer {start} needs more of the layers below than the residual stream")

@@ -1,0 +1,136 @@
+"""Stage `activations`: one clean run over a data set.
+
+Input: `tokens` (selfrepair.storage.tables.TOKENS).
+Output: `layers`, one safetensors file per layer: attn, mlp [store prompts(, tokens), d_model] in the model's
+precision (residual multiplier included), prompt int32 [store prompts]; `clean` (selfrepair.storage.tables.CLEAN), one
+row per source prompt, logits.
+Params: experiment, model, model_spec, model_digest, dataset, positions, layers, target, code.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from selfrepair.effects.clean import CleanRun
+from selfrepair.effects.runs import batches, run_batch
+from selfrepair.errors import InputError
+from selfrepair.jobs import cellstore, provenance
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.session import Session
+from selfrepair.models.loading import LoadedModel, ModelSpec
+from selfrepair.prompts import tokens as prompts
+from selfrepair.prompts.prompt import Prompt
+from selfrepair.storage import tables
+from selfrepair.storage import tensors as store
+
+log = logging.getLogger("selfrepair")
+
+# Bytes of activations held at once: layers are stored in groups that fit, each group from a run of its own.
+_HELD = 2 << 30
+
+
+def run(job: Job, session: Session) -> None:
+    """Write the stored activations and the clean table of one data set.
+
+    Raises InputError for a model or prompts that cannot be measured.
+    """
+    params = job.params
+    loaded = session.model(ModelSpec(**params["model_spec"]), params.get("model_digest"))
+    if loaded.n_layers != params["layers"]:
+        raise InputError(
+            f"has {loaded.n_layers} layers, its config.json said {params['layers']}",
+            where=params["model_spec"]["path"],
+            remedy="run the same command again: the model changed in between.",
+        )
+    positions = params["positions"]
+    source = prompts.read(job.input["tokens"], "source")
+    sources = [Prompt(row.id, row.input_ids, _target(row, params["target"])) for row in source]
+    rows = session.rows(loaded, sources, job.runtime)
+    key = prompts.key(job.input["tokens"])
+    choice = session.path(loaded, key, sources, positions)
+    metadata = {
+        "experiment": params["experiment"],
+        "model": params["model"],
+        "dataset": params["dataset"],
+        "config": params,
+        "inputs": cellstore.input_digests(job),
+        "engine": {"path": choice.path, "selftest_error": choice.error, "rejected": choice.rejected},
+        **provenance.of(loaded),
+    }
+    answers = {row.id: row.answer for row in source}
+    order = {row.id: place for place, row in enumerate(source)}
+    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows)
+    table = [entry for number in range(len(runs.batches)) for entry in _rows(runs.readings(number), answers)]
+    table.sort(key=lambda entry: order[entry["prompt"]])
+    tokenizer = session.tokenizer(params["model_spec"]["path"], params["model_spec"]["revision"])
+    for entry in table:
+        entry["target_text"] = tokenizer.decode([entry["target"]])
+        entry.update(experiment=params["experiment"], model=params["model"], source=params["dataset"])
+    columns = {name: [entry[name] for entry in table] for name in tables.CLEAN.names}
+    _store(job, loaded, positions, rows, metadata)
+    # Last: its presence tells that everything before it was written.
+    tables.write(job.output["clean"], columns, tables.CLEAN, metadata)
+    worst = max(entry["closure_error"] for entry in table)
+    log.info("%s: %d source prompts, closure error at most %.2g", params["dataset"], len(table), worst)
+
+
+def _target(row: prompts.Row, target: str) -> int | None:
+    return row.answer if target == "answer" else None
+
+
+def _rows(found: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str, Any]]:
+    """One clean row per prompt of a run."""
+    columns = {
+        "target": found.direction.target,
+        "target_probability": found.probability,
+        "clean_logit": found.clean_y + found.direction.constant,
+        "sigma": found.direction.sigma,
+        "embedding_effect": found.embedding_effect,
+        "unembed_attn": found.effects["attn"],
+        "unembed_mlp": found.effects["mlp"],
+        "unembed_own_norm_attn": found.own_norm["attn"],
+        "unembed_own_norm_mlp": found.own_norm["mlp"],
+        "closure_error": found.closure_error,
+        "readout_error": found.readout_error,
+    }
+    values = {name: column.cpu().tolist() for name, column in columns.items()}
+    argmax = found.argmax.cpu().tolist()
+    for place, prompt in enumerate(found.prompts):
+        answer = answers[prompt]
+        yield {
+            "prompt": prompt,
+            "n_tokens": found.length,
+            "correct": None if answer is None else argmax[place] == answer,
+            **{name: column[place] for name, column in values.items()},
+        }
+
+
+def _store(job: Job, loaded: LoadedModel, positions: str, rows: int, metadata: dict[str, Any]) -> None:
+    """Write the store prompts' contributions, layer by layer."""
+    stored = prompts.read(job.input["tokens"], "store")
+    kept = sum(len(row.input_ids) if positions == "all" else 1 for row in stored)
+    one_vector = loaded.adapter.d_model * loaded.dtype.itemsize
+    at_once = max(1, _HELD // max(1, 2 * kept * one_vector))
+    if positions == "all":
+        # On the device: the residual stream and two contributions of each of these layers.
+        rows = min(rows, _HELD // (3 * one_vector * min(at_once, loaded.n_layers)))
+    order = {row.id: place for place, row in enumerate(stored)}
+    for first in range(0, loaded.n_layers, at_once):
+        layers = range(first, min(first + at_once, loaded.n_layers))
+        parts: dict[tuple[int, str], list[torch.Tensor]] = {}
+        ids: list[int] = []
+        for batch in batches(prompts.without_targets(stored), rows):
+            found = run_batch(loaded, batch, positions=positions, keep=layers)
+            ids += found.prompts
+            for key, value in found.contributions.items():
+                parts.setdefault(key, []).append(value.cpu())
+        # Back into the table's order: batches follow the prompts' lengths.
+        places = torch.tensor([order[number] for number in ids]).argsort()
+        for layer in layers:
+            tensors = {"prompt": torch.tensor([row.id for row in stored], dtype=torch.int32)}
+            for component in ("attn", "mlp"):
+                value = torch.cat(parts.pop((layer, component)))[places]
+                tensors[component] = value if positions == "all" else value[:, 0]
+            store.write(job.output["layers"][layer], tensors, {**metadata, "layer": layer})

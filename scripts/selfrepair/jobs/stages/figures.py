@@ -1,0 +1,28 @@
+"""The figures stage: summaries, clean runs and cells -> figures/<name>.{html,svg,png,parquet}."""
+
+import logging
+import time
+
+from selfrepair.jobs.job import Job
+from selfrepair.report.figures import frames
+from selfrepair.report.figures.build import build
+from selfrepair.report.figures.figure import group, write
+
+log = logging.getLogger("selfrepair")
+
+
+def run(job: Job, session: object) -> None:
+    """Draw the figures that `output.figures` names, by file stem, in the formats that it names, by suffix.
+
+    Inputs: `layers`, `downstream`, `numerics`, and the lists `clean` and `cells`. No model is needed.
+    Raises DamagedFileError for an input that does not hold what was written.
+    """
+    given = job.input
+    tables = frames.read(
+        given["layers"], given["downstream"], given["numerics"], given["clean"], given["cells"]
+    )
+    for name, outputs in group(job.output["figures"]).items():
+        start = time.monotonic()
+        figure = build(name, tables)
+        write(figure, outputs)
+        log.info("%s: %d rows of data, %.1f s", name, figure.data.height, time.monotonic() - start)

@@ -1,0 +1,80 @@
+"""Stage `std`: moments of the stored contributions over all data sets of an experiment.
+
+Input: `layers`, the activation files, data set by data set, layer by layer.
+Output `std`: safetensors with attn.mean, attn.std, mlp.mean, mlp.std [layers, d_model] float32 (population standard
+deviation over prompts, and tokens where positions are `all`) and count int64 [layers].
+Params: experiment, model, datasets, layers, code.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfrepair.jobs import cellstore
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.session import Session
+from selfrepair.storage import tensors as store
+
+log = logging.getLogger("selfrepair")
+
+
+@dataclass
+class Moments:
+    """Count, mean and summed squared deviations, joined chunk by chunk (Chan, Golub and LeVeque 1983)."""
+
+    count: int
+    mean: Tensor  # (d_model,) float64
+    squares: Tensor  # (d_model,) float64
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Moments":  # (n, d_model)
+        """Moments of one chunk."""
+        values = values.double()
+        mean = values.mean(0)
+        return cls(len(values), mean, (values - mean).square().sum(0))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / count)
+        squares = self.squares + other.squares + shift.square() * (self.count * other.count / count)
+        return Moments(count, mean, squares)
+
+    @property
+    def std(self) -> Tensor:  # (d_model,)
+        """Population standard deviation."""
+        return (self.squares / self.count).sqrt()
+
+
+def run(job: Job, session: Session) -> None:
+    """Write the moments. Raises DamagedFileError for an activation file that is not what was written."""
+    n_layers, datasets = job.params["layers"], job.params["datasets"]
+    files = job.input["layers"]
+    assert len(files) == n_layers * len(datasets)
+    tensors: dict[str, list[Tensor]] = {f"{c}.{m}": [] for c in ("attn", "mlp") for m in ("mean", "std")}
+    counts = []
+    for layer in range(n_layers):
+        found = moments(files[number * n_layers + layer] for number in range(len(datasets)))
+        for component, moment in found.items():
+            tensors[f"{component}.mean"].append(moment.mean.float())
+            tensors[f"{component}.std"].append(moment.std.float())
+        counts.append(found["attn"].count)
+    stacked = {name: torch.stack(values) for name, values in tensors.items()}
+    stacked["count"] = torch.tensor(counts, dtype=torch.int64)
+    store.write(job.output["std"], stacked, {"config": job.params, "inputs": cellstore.input_digests(job)})
+    log.info("moments of %d layers over %s", n_layers, ", ".join(datasets))
+
+
+def moments(files: Iterable[str]) -> dict[str, Moments]:
+    """Joint moments of several activation files, by component."""
+    total: dict[str, Moments] = {}
+    for file in files:
+        tensors = store.read(file)
+        for component in ("attn", "mlp"):
+            values = tensors[component]
+            found = Moments.of(values.reshape(-1, values.shape[-1]))
+            total[component] = total[component] + found if component in total else found
+    return total

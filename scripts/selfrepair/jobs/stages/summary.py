@@ -1,0 +1,168 @@
+"""The summary stage: all cells and clean tables of one experiment and model -> numerics and summary tables.
+
+Cells are read one at a time and reduced at once, so that memory is a cell's, whatever their number.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfrepair.analysis import audit, summary
+from selfrepair.analysis.cells import CONTROL, Cell, read_cell, read_clean
+from selfrepair.analysis.statistics import LEVEL, RESAMPLES, Bootstrap, seed_of
+from selfrepair.errors import InputError
+from selfrepair.jobs import cellstore
+from selfrepair.jobs.job import Job
+from selfrepair.storage import tables
+
+log = logging.getLogger("selfrepair")
+
+
+def run(job: Job, session: object) -> None:
+    """Read `cells` and `clean` (lists of paths); write `numerics`, `layers` and `downstream`.
+
+    Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError for a file that does not hold
+    what was written, InputError for missing, foreign, differing or not finite cells.
+    """
+    sources: dict[str, _Source] = {}
+    for path in job.input["clean"]:
+        source = _Source(path, job.params)
+        if source.name in sources:
+            raise _foreign(path, f"holds source {source.name!r}, and so does {sources[source.name].path}")
+        sources[source.name] = source
+
+    layers: list[dict[str, Any]] = []
+    downstream: list[dict[str, Any]] = []
+    for path in job.input["cells"]:
+        cell = read_cell(path)
+        if cell.source not in sources:
+            raise _foreign(path, f"is of source {cell.source!r}, which has no clean table among the inputs")
+        source = sources[cell.source]
+        source.add(cell)
+        if cell.ablation == CONTROL:  # not an ablation: it speaks in numerics only
+            continue
+        layers += summary.layer_rows(cell, source.subsets)
+        bootstrap = source.subsets["all"][1]
+        downstream += summary.downstream_rows(cell, bootstrap, parallel=cell.layer in source.parallel)
+
+    numerics = []
+    for source in sources.values():
+        source.check_complete()
+        row = source.audit.row(source.clean, source.facts)
+        numerics.append(row)
+        if row["warning"]:
+            log.warning("WARNING, data set %s: %s", source.name, row["warning"].replace("; ", ";\n  "))
+        log.info(
+            "%s: %d rows, ledger closes to %.2g logits, noise floor %.2g, effects %.3g rms",
+            *(source.name, row["rows"], row["ledger_error_max"], row["noise_floor_rms"], row["effect_rms"]),
+        )
+
+    metadata = _shared(source.facts for source in sources.values()) | {
+        "config": job.params,
+        "inputs": cellstore.input_digests(job),
+        "seed": job.params["seed"],
+        "summary": {"level": LEVEL, "resamples": RESAMPLES},
+    }
+    for name, rows, schema in (
+        ("layers", layers, summary.LAYERS),
+        ("downstream", downstream, summary.DOWNSTREAM),
+        ("numerics", numerics, audit.NUMERICS),
+    ):
+        tables.write(job.output[name], summary.table(rows, schema), None, metadata)
+
+
+class _Source:
+    """One data set: its clean table, its prompts and their resamples, and what its cells have shown."""
+
+    def __init__(self, path: str, params: dict[str, Any]) -> None:
+        self.path = path
+        self.clean = read_clean(path)
+        self.facts = tables.metadata_of(self.clean.schema)
+        self.parallel = _parallel_layers(self.facts.get("adapter") or {})
+        self.name = str(self.clean["source"][0])
+        self.keys = params["experiment"], params["model"]
+        if (found := (str(self.clean["experiment"][0]), str(self.clean["model"][0]))) != self.keys:
+            raise _foreign(path, f"is of {' / '.join(found)}, not of {' / '.join(self.keys)}")
+        order = np.argsort(self.clean["prompt"].to_numpy())
+        self.prompts = self.clean["prompt"].to_numpy()[order]
+        self.correct = (
+            None if self.clean["correct"].null_count else self.clean["correct"].to_numpy().astype(bool)[order]
+        )
+        self.subsets = self._subsets(params["seed"])
+        self.audit = audit.Audit()
+        self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path
+        self.components: tuple[str, ...] | None = None
+
+    def _subsets(self, seed: int) -> dict[str, tuple[NDArray[np.intp], Bootstrap]]:
+        places = {"all": np.arange(len(self.prompts))}
+        if self.correct is not None:
+            places["correct"] = np.flatnonzero(self.correct)
+        return {
+            subset: (at, Bootstrap.of(len(at), seed_of("bootstrap", seed, *self.keys, self.name, subset)))
+            for subset, at in places.items()
+        }
+
+    def add(self, cell: Cell) -> None:
+        """Check a cell against the others and audit its rows."""
+        if (cell.experiment, cell.model) != self.keys:
+            found = f"{cell.experiment} / {cell.model}"
+            raise _foreign(cell.path, f"is of {found}, not of {' / '.join(self.keys)}")
+        layers = self.seen.setdefault(cell.ablation, {})
+        if cell.layer in layers:
+            raise _foreign(
+                cell.path, f"holds {cell.ablation} of layer {cell.layer}, as does {layers[cell.layer]}"
+            )
+        layers[cell.layer] = cell.path
+        if not np.array_equal(cell.prompts, self.prompts):
+            differing = np.setxor1d(cell.prompts, self.prompts)
+            raise _foreign(
+                cell.path,
+                f"its prompts are not those of {self.path} ({len(differing)} differ, first {differing[0]})",
+            )
+        if not _same(cell.correct, self.correct):
+            raise _foreign(cell.path, f"its `correct` is not that of {self.path}")
+        self.components = self.components or cell.components
+        if cell.components != self.components:
+            raise _foreign(cell.path, f"has components {cell.components}, other cells {self.components}")
+        self.audit.add(cell, parallel=cell.layer in self.parallel)
+
+    def check_complete(self) -> None:
+        """Every ablation must have the same layers, and the control must be among them."""
+        if CONTROL not in self.seen:
+            raise _missing(self.name, f"no cell of the control {CONTROL!r} among the inputs")
+        every = set().union(*self.seen.values())
+        for ablation, layers in self.seen.items():
+            if lacking := sorted(every - set(layers)):
+                raise _missing(self.name, f"ablation {ablation!r} lacks layers {lacking}")
+
+
+def _parallel_layers(adapter: dict[str, Any]) -> frozenset[int]:
+    """Layers whose MLP does not read their attention, from the adapter's description in a file's metadata."""
+    kinds = adapter.get("layers", [])
+    return frozenset(number for kind in kinds if kind["parallel"] for number in kind["which"])
+
+
+def _same(a: NDArray[np.bool_] | None, b: NDArray[np.bool_] | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
+
+
+def _shared(facts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The entries that all clean tables agree on and that are not theirs alone: model, versions, device."""
+    first, *others = facts
+    own = ("content_sha256", "schema_version", "dataset", "source", "engine", "config")
+    return {k: v for k, v in first.items() if k not in own and all(o.get(k) == v for o in others)}
+
+
+def _foreign(path: str | Path, what: str) -> InputError:
+    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed anew."
+    return InputError(what, where=str(path), remedy=remedy)
+
+
+def _missing(source: str, what: str) -> InputError:
+    return InputError(
+        what, where=f"source {source!r}", remedy="run the whole workflow: it computes what is missing."
+    )

@@ -1,0 +1,188 @@
+"""Stage `tokens`: a data set's prompts as one model's tokens, split into source and store prompts.
+
+Input: none by path; the data set is named in the params, with the digest of its content.
+Output `tokens`: selfrepair.storage.tables.TOKENS, source prompts first, each split in its seeded order.
+Params: experiment, model, model_path, model_revision, tokenizer_digest, dataset, dataset_config,
+dataset_digest, positions, length, samples, store, seed, target. Paths are relative to the working directory.
+"""
+
+import logging
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from selfrepair.errors import InputError
+from selfrepair.jobs.job import Job
+from selfrepair.planning import digests
+from selfrepair.planning.config import Dataset
+from selfrepair.prompts import readers
+from selfrepair.prompts.tokenization import (
+    Ids,
+    Kept,
+    Selection,
+    Tokenizer,
+    answer_ids,
+    encode,
+    longest,
+    without_end,
+)
+from selfrepair.storage import checkpoints as modelfiles
+from selfrepair.storage import tables
+
+log = logging.getLogger("selfrepair")
+
+
+class Session(Protocol):
+    """What this stage needs of selfrepair.jobs.session."""
+
+    def tokenizer(self, path: str, revision: str | None) -> Any:
+        """The model's tokenizer."""
+
+
+def run(job: Job, session: Session) -> None:
+    """Write the tokens table of one data set.
+
+    Raises InputError: unreadable data, too few usable prompts, prompts longer than the model can read,
+    `target: answer` without an answer to each prompt.
+    """
+    params = job.params
+    dataset = Dataset.from_spec(params["dataset"], params["dataset_config"])
+    _unchanged(dataset, params["dataset_digest"])
+    limit = modelfiles.positions_of(modelfiles.model_config(params["model_path"], params["model_revision"]))
+    length, size = params["length"], params["samples"] + params["store"]
+    if length is not None and limit is not None and length > limit:
+        what = f"`length: {length}` is more than model '{params['model']}' can read: {limit} tokens"
+        raise InputError(what, where=_key(params), remedy=f"set `length:` to {limit} at most.")
+    tokenizer = session.tokenizer(params["model_path"], params["model_revision"])
+    selection = Selection(tokenizer, size, params["seed"], length)
+    selection.add_all(readers.prompts(dataset, allow_empty=length is not None))
+    prompts = selection.chosen()
+    log.info("%s: %s", dataset.name, ", ".join(f"{k} {v}" for k, v in asdict(selection.counts).items()))
+    if len(prompts) < size:
+        raise _too_few(dataset, params, selection)
+    if limit is not None and len(longest(prompts).ids) > limit:
+        raise _too_long(dataset, params, longest(prompts), limit)
+    if selection.added.after and length is None:
+        log.warning(
+            "%s: the tokenizer ends prompts with special tokens %s; effects are read at the last of them",
+            dataset.name,
+            list(selection.added.after),
+        )
+    answers = [_answer(tokenizer, kept, selection) for kept in prompts]
+    if dataset.answer is not None:
+        _report_answers(dataset, params, prompts, answers)
+    tables.write(
+        job.output["tokens"],
+        {
+            "prompt": [kept.prompt.id for kept in prompts],
+            "split": ["source"] * params["samples"] + ["store"] * params["store"],
+            "text": [kept.prompt.text for kept in prompts],
+            "text_sha256": [kept.sha256 for kept in prompts],
+            "input_ids": [list(kept.ids) for kept in prompts],
+            "answer_ids": [None if ids is None else list(ids) for ids, _ in answers],
+        },
+        tables.TOKENS,
+        _metadata(params, tokenizer, selection),
+    )
+
+
+def _key(params: dict[str, Any]) -> str:
+    return f"experiments.{params['experiment']}"
+
+
+def _unchanged(dataset: Dataset, planned: str) -> None:
+    if digests.dataset_digest(dataset) != planned:
+        remedy = "run the same command again: what depends on the file is planned anew."
+        raise InputError("has changed since the run was planned", where=dataset.path, remedy=remedy)
+
+
+def _too_few(dataset: Dataset, params: dict[str, Any], selection: Selection) -> InputError:
+    counts, length = selection.counts, params["length"]
+    short = "" if length is None else f", {counts.too_short} shorter than {length} tokens"
+    what = (
+        f"data set '{dataset.name}' has {counts.kept} usable prompts, but {selection.size} are needed "
+        f"({params['samples']} source + {params['store']} store): of {counts.records} records "
+        f"{counts.duplicates} repeat an earlier text{short}, "
+        f"{counts.same_tokens} have the same tokens as another"
+    )
+    shorter = "" if length is None else " or `length`"
+    remedy = f"lower `samples`, `store`{shorter} of {_key(params)}, or add texts to the data set."
+    return InputError(what, where=dataset.path, remedy=remedy)
+
+
+def _too_long(dataset: Dataset, params: dict[str, Any], kept: Kept, limit: int) -> InputError:
+    what = (
+        f"record {kept.prompt.id + 1} of data set '{dataset.name}' has {len(kept.ids)} tokens; "
+        f"model '{params['model']}' can read {limit}"
+    )
+    remedy = f"set `length:` of {_key(params)} to cut prompts, or remove the long texts."
+    return InputError(what, where=dataset.path, remedy=remedy)
+
+
+def _answer(tokenizer: Tokenizer, kept: Kept, selection: Selection) -> tuple[Ids | None, str]:
+    """The answer's ids, and how they were found: joint, alone, cut (the text goes on), none."""
+    if kept.prompt.answer is None:
+        return None, "none"
+    if selection.length is not None:
+        whole = without_end(encode(tokenizer, kept.prompt.text), selection.added)
+        if len(whole) > len(kept.ids):  # what follows the window is the rest of the text
+            return None, "cut"
+    ids, alone = answer_ids(tokenizer, kept.prompt.text, kept.prompt.answer, selection.added)
+    return (ids, "alone" if alone else "joint") if ids else (None, "none")
+
+
+def _report_answers(
+    dataset: Dataset, params: dict[str, Any], prompts: list[Kept], answers: list[tuple[Ids | None, str]]
+) -> None:
+    ways = [way for _, way in answers]
+    counts = {way: ways.count(way) for way in ("joint", "alone", "cut", "none")}
+    log.info(
+        "%s: answers tokenised with their prompt: %d, by themselves: %d",
+        dataset.name,
+        counts["joint"],
+        counts["alone"],
+    )
+    missing = [kept for kept, (ids, _) in zip(prompts, answers, strict=True) if ids is None]
+    if not missing:
+        return
+    what = (
+        f"{len(missing)} of {len(prompts)} prompts of data set '{dataset.name}' have no answer to follow "
+        f"({counts['cut']} are cut by `length` before their answer, {counts['none']} name none; "
+        f"the first is record {missing[0].prompt.id + 1})"
+    )
+    if params["target"] == "answer":
+        remedy = (
+            f"use `length: null` or `target: argmax` in {_key(params)}, or fill the field `{dataset.answer}`."
+        )
+        raise InputError(what, where=dataset.path, remedy=remedy)
+    log.warning("%s; `correct` is null for these", what)
+
+
+def _metadata(params: dict[str, Any], tokenizer: Any, selection: Selection) -> dict[str, Any]:
+    import tokenizers
+    import transformers
+
+    return {
+        "table": "tokens",
+        "experiment": params["experiment"],
+        "dataset": params["dataset"],
+        "dataset_config": params["dataset_config"],
+        "dataset_digest": params["dataset_digest"],
+        "model": {
+            "name": params["model"],
+            "path": params["model_path"],
+            "revision": params["model_revision"],
+        },
+        "tokenizer": {
+            "class": type(tokenizer).__name__,
+            "digest": params.get("tokenizer_digest"),
+            "special_before": list(selection.added.before),
+            "special_after": list(selection.added.after),
+        },
+        "positions": params["positions"],
+        "length": params["length"],
+        "samples": params["samples"],
+        "store": params["store"],
+        "seed": params["seed"],
+        "counts": asdict(selection.counts),
+        "versions": {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__},
+    }

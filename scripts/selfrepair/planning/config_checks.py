@@ -1,0 +1,173 @@
+"""What a schema cannot say of a configuration: names that must exist, files that must be there."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfrepair.errors import InputError
+from selfrepair.planning import templates
+from selfrepair.planning.config_schema import Problem
+from selfrepair.planning.spelling import did_you_mean
+from selfrepair.storage import checkpoints as modelfiles
+
+if TYPE_CHECKING:
+    from selfrepair.planning.config import Config, Dataset, Experiment, Model
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")  # of data sets; see selfrepair.prompts.readers
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# These move: what they name today is not what they name tomorrow.
+_MOVING = ("main", "master", "head", "latest")
+_COMMIT = (
+    "a commit (40 hexadecimal digits; on the hub's page of the repository under Files, History) or a tag"
+)
+
+
+def is_local(path: str, root: Path) -> bool:
+    """Whether `path` means a file or directory rather than a Hugging Face id.
+
+    It does if it is there, if no hub id can look like it, or if the folder it would lie in is there: a
+    mistyped local path must not be looked up on the hub.
+    """
+    if path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1 or path.endswith("/"):
+        return True
+    if path.lower().endswith((*SUFFIXES, ".safetensors")) or (root / path).exists():
+        return True
+    parent = Path(path).parent
+    return parent != Path(".") and (root / parent).is_dir()
+
+
+def problems(config: "Config") -> Iterator[Problem]:
+    """Everything wrong with a configuration whose form is right."""
+    sound = set()  # models whose config.json can be asked for the number of layers
+    for model in config.models.values():
+        found = list(_model(model))
+        yield from found
+        if not found:
+            sound.add(model.name)
+    for dataset in config.datasets.values():
+        yield from _dataset(dataset)
+    for experiment in config.experiments.values():
+        yield from _experiment(experiment, config, sound)
+
+
+def _model(model: "Model") -> Iterator[Problem]:
+    key = f"models.{model.name}"
+    if model.device == "mps":
+        what = "'mps' has no float64, in which a model is checked before it is measured"
+        yield Problem(f"{key}.device", what, "set `device: auto` or `device: cpu`.")
+    if not model.local:
+        yield from _hub(key, model.path, model.revision, "model")
+        return
+    if model.revision is not None:
+        yield _needless(f"{key}.revision", model.path, "directory")
+    try:
+        modelfiles.check_directory(Path(model.location), shown=model.path)
+    except InputError as error:
+        yield Problem(f"{key}.path", f"{error.where}: {error.what}", error.remedy)
+
+
+def _dataset(dataset: "Dataset") -> Iterator[Problem]:
+    key = f"datasets.{dataset.name}"
+    for name, field in (("text", dataset.text), ("answer", dataset.answer), ("subject", dataset.subject)):
+        try:
+            templates.parse(field or "text")
+        except templates.TemplateError as error:
+            yield Problem(f"{key}.{name}", str(error), "see docs/config.md, Fields and templates.")
+    if not dataset.local:
+        yield from _hub(key, dataset.path, dataset.revision, "data set")
+        return
+    for name, value in (
+        ("revision", dataset.revision),
+        ("split", dataset.split),
+        ("name", dataset.subset),
+    ):
+        if value is not None:
+            yield _needless(f"{key}.{name}", dataset.path, "file")
+    path = Path(dataset.location)
+    if path.is_dir():
+        yield Problem(f"{key}.path", f"'{dataset.path}' is a directory", "name a file in it.")
+    elif not path.exists():
+        remedy = f"correct the path, or put the file there. {_relative(dataset.root)}"
+        yield Problem(f"{key}.path", f"there is no file '{dataset.path}'", remedy)
+    elif path.suffix.lower() not in SUFFIXES:
+        remedy = f"convert or rename it: read are {', '.join(SUFFIXES)}."
+        yield Problem(f"{key}.path", f"'{dataset.path}' has a format that is not read", remedy)
+
+
+def _hub(key: str, path: str, revision: str | None, kind: str) -> Iterator[Problem]:
+    if not _HUB_ID.fullmatch(path) or "--" in path or ".." in path:
+        what = f"'{path}' is neither an existing path nor a possible Hugging Face id"
+        yield Problem(f"{key}.path", what, "give a local path or an id such as openai-community/gpt2.")
+    if revision is None:
+        what = (
+            f"'{path}' is taken for a Hugging Face {kind} (there is no such local path), without a revision"
+        )
+        remedy = f"set `revision:` to {_COMMIT}, so that results can be traced; or correct a local path."
+        yield Problem(f"{key}.revision", what, remedy)
+    elif revision.lower() in _MOVING or revision.startswith("refs/"):
+        what = f"'{revision}' names whatever is newest, so results could not be traced"
+        yield Problem(f"{key}.revision", what, f"give {_COMMIT}.")
+
+
+def _needless(key: str, path: str, kind: str) -> Problem:
+    return Problem(key, f"'{path}' is a local {kind}; this is for Hugging Face ids only", "remove the key.")
+
+
+def _relative(root: Path) -> str:
+    return f"Relative paths start at {root.resolve()}."
+
+
+def _experiment(experiment: "Experiment", config: "Config", sound: set[str]) -> Iterator[Problem]:
+    key = f"experiments.{experiment.name}"
+    for kind, names, known in (
+        ("models", experiment.models, config.models),
+        ("datasets", experiment.datasets, config.datasets),
+    ):
+        for place, name in enumerate(names):
+            if name not in known:
+                remedy = did_you_mean(name, known, f"`{kind}` has")
+                yield Problem(f"{key}.{kind}[{place}]", f"'{name}' is not among `{kind}`", remedy)
+    yield from _ablations(key, experiment)
+    if experiment.positions == "all" and experiment.length is None:
+        yield Problem(
+            f"{key}.length",
+            "null (whole prompts) cannot go with `positions: all`, where all prompts have the same length",
+            "set `length:` to a number of tokens, or use `positions: last`.",
+        )
+    if experiment.target == "answer":
+        for name in experiment.datasets:
+            if name in config.datasets and config.datasets[name].answer is None:
+                what = f"'answer' needs the true answers, and data set '{name}' names no `answer` field"
+                remedy = f"set `datasets.{name}.answer:`, or use `target: argmax`."
+                yield Problem(f"{key}.target", what, remedy)
+    for name in experiment.models:
+        if name in sound:
+            yield from _layers(key, experiment, config.models[name])
+
+
+def _ablations(key: str, experiment: "Experiment") -> Iterator[Problem]:
+    for place, ablation in enumerate(experiment.ablations):
+        name = ablation.removeprefix("replace-")
+        if ablation.startswith("replace-") and name not in experiment.datasets:
+            what = f"'{ablation}': '{name}' is not among the data sets of this experiment"
+            hint = did_you_mean(name, experiment.datasets, "Its `datasets` are")
+            remedy = f"{hint} Only these have a store to replace from: add it there, or change the name."
+            yield Problem(f"{key}.ablations[{place}]", what, remedy)
+
+
+def _layers(key: str, experiment: "Experiment", model: "Model") -> Iterator[Problem]:
+    if experiment.layers is None:
+        return
+    try:
+        count = modelfiles.n_layers(model.location, model.revision)
+    except InputError as error:
+        yield Problem(f"models.{model.name}.path", f"{error.where}: {error.what}", error.remedy)
+        return
+    high = [layer for layer in experiment.layers if layer >= count]
+    if high:
+        what = (
+            f"there is no layer {', '.join(map(str, high))} in model '{model.name}', which has {count} layers"
+        )
+        yield Problem(f"{key}.layers", what, f"layers are counted from 0: use 0 to {count - 1}, or `all`.")

@@ -1,0 +1,122 @@
+"""What an experiment costs before it is run: rows, operations, bytes on disk and in memory.
+
+Estimates, to some ten per cent: lengths of prompts are averages, and small things are left out.
+"""
+
+from dataclasses import dataclass
+
+from selfrepair.planning import grid
+from selfrepair.planning.config import Experiment, Model
+from selfrepair.planning.modelsize import Size, size_of
+
+_OWN_MLP = 0.65  # part of a layer's parameters that its MLP has: what an attention ablation also runs through
+_ROW = 60  # bytes of a row of effects beside its lists, compressed
+_PAGES = 30 << 20  # bytes of the figures and the report of an experiment and model
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One experiment on one model. Operations are floating point additions and multiplications."""
+
+    experiment: str
+    model: str
+    cells: int
+    rows: int
+    operations: dict[str, float]  # by stage
+    disk: dict[str, float]  # bytes by stage
+    memory: float  # bytes on the device: weights and what one pass takes
+    kept: float  # bytes more, with which no clean run is made twice
+
+
+def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Costs:
+    """What `experiment` costs on `model`; `lengths`: tokens per prompt, by data set."""
+    size = size_of(model)
+    layers = grid.layers(experiment, model)
+    ablations = grid.ablations(experiment)
+    everywhere = experiment.positions == "all"
+    rows = 0
+    clean = cells = noise = stored = kept = 0.0
+    for dataset in experiment.datasets:
+        length = lengths[dataset]
+        per_row = length if everywhere else 1.0
+        # Once on one machine; on a cluster each batch job's worker makes its source's clean runs again.
+        clean += (experiment.samples + experiment.store) * length * _forward(size, length)
+        stored += experiment.store * per_row
+        kept += (
+            experiment.samples
+            * size.item
+            * (3 * size.layers * size.width * per_row + size.layers * size.keys_values * length)
+        )
+        for ablation in ablations:
+            draws = grid.draws(experiment, ablation)
+            for layer in layers:
+                for component in experiment.components:
+                    above = size.layers - layer - 1 + (_OWN_MLP if component == "attn" else 0.0)
+                    rows += experiment.samples * draws
+                    cells += experiment.samples * draws * per_row * above * _layer(size, length)
+            if ablation == "noise":  # a run of its own per draw: once per source if kept, else once per cell
+                runs = experiment.samples * draws * length * _forward(size, length)
+                noise += runs * (len(layers) / 2 if everywhere else 1)
+    n_cells = len(experiment.datasets) * len(ablations) * len(layers)
+    sources = len(experiment.datasets) * experiment.samples
+    longest = max(lengths[dataset] for dataset in experiment.datasets)
+    disk = {
+        "tokens": sum(
+            (experiment.samples + experiment.store) * 8 * lengths[dataset] for dataset in experiment.datasets
+        ),
+        "activations": 2.0 * size.layers * stored * size.width * size.item,
+        "clean": sources * (16.0 * size.layers + 100),
+        "effects": rows * (2 * 4 * size.layers + _ROW) + n_cells * 6e3,
+        "summary, figures, report": _PAGES + n_cells * len(experiment.components) * 1e3,
+    }
+    working = 4096 * size.item * 12 * size.width + longest * 4 * size.vocabulary * 4
+    return Costs(
+        experiment.name,
+        model.name,
+        n_cells,
+        rows,
+        {"activations": clean, "effects": cells + noise},
+        disk,
+        size.weights + working,
+        kept,
+    )
+
+
+def _layer(size: Size, length: float) -> float:
+    """Operations of one token in one layer: every parameter once, and its attention to `length` tokens."""
+    return 2 * size.per_layer + 4 * length * size.width
+
+
+def _forward(size: Size, length: float) -> float:
+    """Operations of one token in all layers; a token of a whole prompt attends to half of it."""
+    return size.layers * _layer(size, length / 2)
+
+
+# ---- what a batch system is asked for ----------------------------------------------------------------------
+
+# Conservative on purpose, in operations per second: a job that is given too little time is killed.
+_SLOW_DEVICE = {"cpu": 2e10, "other": 2e12}
+_LOADING = 1e8  # bytes of weights per second, from a busy network disk
+
+
+def memory_mb(model: Model, attempt: int) -> int:
+    """Main memory for a job that loads `model`; half as much again on each further attempt."""
+    return int((1.3 * size_of(model).weights / 1e6 + 4000) * 1.5 ** (attempt - 1))
+
+
+def minutes(experiment: Experiment, model: Model, stage: str, attempt: int, length: float = 512.0) -> int:
+    """Minutes for one job of `stage`, twice as many on each further attempt.
+
+    Of a cell only its own arithmetic: a group of cells, whose minutes add up, loads the model once.
+    """
+    size = size_of(model)
+    length = float(experiment.length or length)
+    speed = _SLOW_DEVICE["cpu" if model.device == "cpu" else "other"]
+    if stage == "effects":
+        per_row = length if experiment.positions == "all" else 1.0
+        tokens = len(experiment.components) * experiment.samples * experiment.draws * per_row
+        seconds = tokens * size.layers * _layer(size, length) / speed + 30
+    else:
+        tokens = 2.0 * (experiment.samples + experiment.store) * length
+        seconds = tokens * _forward(size, length) / speed + size.weights / _LOADING + 300
+    return int((1 + seconds / 60) * 2 ** (attempt - 1))

@@ -1,0 +1,135 @@
+"""Digests of the code a result depends on, so that a change of logic reruns exactly the jobs it touches.
+
+Snakemake watches a rule's script, but no module that the script imports. So each rule carries, as a
+parameter, the digest of every module of this package its stage can import. Syntax trees are hashed, not text:
+comments, docstrings and formatting do not count. Neither does the package's version number.
+"""
+
+import ast
+import functools
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def code_digest(modules: Iterable[str], package: Path = PACKAGE) -> str:
+    """SHA-256 over the logic of `modules` (dotted names within `package`) and of all they import from it.
+
+    A package's data files (templates, style sheets) count as part of it. Raises ValueError for a module that
+    does not exist.
+    """
+    return _digest(frozenset().union(*(import_closure(module, package) for module in modules)), package)
+
+
+def package_digest(package: Path = PACKAGE) -> str:
+    """SHA-256 over the logic of every module of `package`."""
+    names = (path.relative_to(package.parent).with_suffix("").parts for path in package.rglob("*.py"))
+    return _digest(frozenset(".".join(p[:-1] if p[-1] == "__init__" else p) for p in names), package)
+
+
+def import_closure(module: str, package: Path = PACKAGE) -> frozenset[str]:
+    """Every module of `package` that importing and running `module` may import, itself included.
+
+    Imports inside functions count, and so do those for annotations only: an object handed in as a parameter
+    brings its class's code with it. Imports by a computed name are not seen.
+    """
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        if _source(name, package) is None:
+            raise ValueError(f"no module {name} in {package}")
+        found.add(name)
+        waiting += _imports(name, package)
+        if "." in name:  # importing a module runs the packages around it
+            waiting.append(name.rpartition(".")[0])
+    return frozenset(found)
+
+
+def _source(module: str, package: Path) -> Path | None:
+    root, *rest = module.split(".")
+    if root != package.name:
+        return None
+    path = package.joinpath(*rest)
+    candidates = (path / "__init__.py", path.with_name(f"{path.name}.py") if rest else path / "__init__.py")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _imports(module: str, package: Path) -> list[str]:
+    source = _source(module, package)
+    assert source is not None
+    around = module if source.name == "__init__.py" else module.rpartition(".")[0]
+    parts = around.split(".")
+    names: list[str] = []
+    for level, base, imported in _parsed(source, source.stat().st_mtime_ns).imports:
+        start = ".".join([*parts[: len(parts) - level + 1], *([base] if base else [])]) if level else base
+        # What follows `import` in `from x import y` is a module or a name inside one: the files decide.
+        names += [start, *(f"{start}.{name}" for name in imported)]
+    return [name for name in names if _source(name, package) is not None]
+
+
+def _digest(modules: frozenset[str], package: Path) -> str:
+    digest = hashlib.sha256()
+    for module in sorted(modules):
+        source = _source(module, package)
+        assert source is not None
+        digest.update(f"{module}\n{_parsed(source, source.stat().st_mtime_ns).logic}\n".encode())
+        if source.name == "__init__.py":
+            for path in _data_files(source.parent):
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{path.relative_to(package).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _data_files(directory: Path) -> list[Path]:
+    """The files of a package other than modules; its sub-packages look after their own."""
+    found: list[Path] = []
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            if path.name != "__pycache__" and not (path / "__init__.py").exists():
+                found += _data_files(path)
+        elif path.suffix not in {".py", ".pyc"} and not path.name.startswith("."):
+            found.append(path)
+    return found
+
+
+class _Parsed(NamedTuple):
+    logic: str  # digest of the syntax tree, without places, comments, docstrings and version number
+    imports: list[tuple[int, str, list[str]]]  # leading dots, module, names
+
+
+@functools.cache
+def _parsed(source: Path, changed: int) -> _Parsed:
+    # `changed`, the time of the last change, is there for the cache.
+    tree = ast.parse(source.read_bytes(), filename=os.fspath(source))
+    imports: list[tuple[int, str, list[str]]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [(0, alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imports.append((node.level, node.module or "", [alias.name for alias in node.names]))
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [line for line in node.body if not _is_text(line) and not _is_version(line)]
+    return _Parsed(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports)
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def _is_version(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Assign)
+        and isinstance(statement.targets[0], ast.Name)
+        and statement.targets[0].id == "__version__"
+    )

@@ -1,0 +1,146 @@
+"""The grid of an experiment and the grammar of `results/`: which cells there are, and where each file lies.
+
+Path functions take names or Snakemake's `{wildcards}` alike and give paths relative to the repository root.
+Planning asks these questions once per cell, so nothing here reads a file twice.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+from selfrepair.planning.config import Config, Experiment, Model
+from selfrepair.storage import checkpoints as modelfiles
+
+RESULTS = "results"
+CONTROL = "self"
+ONE_DRAW = ("zero", "mean", CONTROL)  # nothing is drawn for these
+
+
+class Cell(NamedTuple):
+    """One file of effects: every source prompt of a data set, one ablation, one layer."""
+
+    experiment: str
+    model: str
+    source: str
+    ablation: str
+    layer: int
+
+
+@cache
+def n_layers(model: Model) -> int:
+    """Number of layers L of a model, from its config.json (fetched once for a hub id)."""
+    return modelfiles.n_layers(model.location, model.revision)
+
+
+@cache
+def ablations(experiment: Experiment) -> tuple[str, ...]:
+    """The experiment's ablations in order, `replace` expanded to one per data set, the control last."""
+    names: dict[str, None] = {}
+    for ablation in experiment.ablations:
+        if ablation == "replace":
+            names.update(dict.fromkeys(f"replace-{dataset}" for dataset in experiment.datasets))
+        elif ablation != CONTROL:
+            names[ablation] = None
+    return (*names, CONTROL)
+
+
+@cache
+def layers(experiment: Experiment, model: Model) -> tuple[int, ...]:
+    """The layers that the experiment ablates in `model`, ascending."""
+    return tuple(range(n_layers(model))) if experiment.layers is None else experiment.layers
+
+
+def draws(experiment: Experiment, ablation: str) -> int:
+    """Rows per source prompt and component: R, or 1 where nothing is drawn."""
+    return 1 if ablation in ONE_DRAW else experiment.draws
+
+
+def replacement_dataset(ablation: str) -> str | None:
+    """X of `replace-X`; None for every other ablation."""
+    return ablation.removeprefix("replace-") if ablation.startswith("replace-") else None
+
+
+def cells(config: Config) -> Iterator[Cell]:
+    """Every cell of every experiment, the control's included."""
+    for experiment in config.experiments.values():
+        for name in experiment.models:
+            chosen = layers(experiment, config.models[name])
+            for source in experiment.datasets:
+                for ablation in ablations(experiment):
+                    for layer in chosen:
+                        yield Cell(experiment.name, name, source, ablation, layer)
+
+
+def base(experiment: str, model: str) -> str:
+    """The folder of one model in one experiment."""
+    return f"{RESULTS}/{experiment}/{model}"
+
+
+def tokens_path(experiment: str, model: str, dataset: str) -> str:
+    """The kept prompts of a data set."""
+    return f"{base(experiment, model)}/tokens/{dataset}.parquet"
+
+
+def activations_path(experiment: str, model: str, dataset: str, layer: int | str) -> str:
+    """The stored contributions of one layer on a data set's store prompts."""
+    return f"{base(experiment, model)}/activations/{dataset}/layer={layer}.safetensors"
+
+
+def activations_paths(experiment: str, model: str, dataset: str, count: int) -> list[str]:
+    """The stored contributions of all `count` layers, from layer 0."""
+    return [activations_path(experiment, model, dataset, layer) for layer in range(count)]
+
+
+def std_path(experiment: str, model: str) -> str:
+    """Moments of the contributions over all data sets of the experiment."""
+    return f"{base(experiment, model)}/std.safetensors"
+
+
+def clean_path(experiment: str, model: str, dataset: str) -> str:
+    """The clean run of a data set's source prompts."""
+    return f"{base(experiment, model)}/clean/{dataset}.parquet"
+
+
+def effects_path(experiment: str, model: str, source: str, ablation: str, layer: int | str) -> str:
+    """One cell."""
+    return f"{base(experiment, model)}/effects/source={source}/ablation={ablation}/layer={layer}.parquet"
+
+
+def cell_path(cell: Cell) -> str:
+    """The file of `cell`."""
+    return effects_path(*cell)
+
+
+def numerics_path(experiment: str, model: str) -> str:
+    """Closure error, ledger error and noise floor per data set."""
+    return f"{base(experiment, model)}/numerics.parquet"
+
+
+def layers_path(experiment: str, model: str) -> str:
+    """The summary by ablated layer."""
+    return f"{base(experiment, model)}/summary/layers.parquet"
+
+
+def downstream_path(experiment: str, model: str) -> str:
+    """The summary by ablated and downstream component."""
+    return f"{base(experiment, model)}/summary/downstream.parquet"
+
+
+def figure_path(experiment: str, model: str, figure: str, suffix: str) -> str:
+    """A figure (`suffix` html, svg, png) or its data (parquet)."""
+    return f"{base(experiment, model)}/figures/{figure}.{suffix}"
+
+
+def report_path(experiment: str, model: str) -> str:
+    """The report on one model."""
+    return f"{base(experiment, model)}/report.html"
+
+
+def crossmodel_report_path(experiment: str) -> str:
+    """The report that compares the experiment's models."""
+    return f"{RESULTS}/{experiment}/report.html"
+
+
+def log_path(experiment: str, model: str, rule: str, names: Iterable[str] = ()) -> str:
+    """The log of a job: `rule`, then what tells its jobs apart."""
+    return "/".join((f"{base(experiment, model)}/logs", rule, *names)) + ".log"

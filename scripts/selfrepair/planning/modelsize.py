@@ -1,0 +1,79 @@
+"""How large a model is, from its config.json and the headers of its weights; nothing is loaded."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from selfrepair.planning import grid
+from selfrepair.planning.config import Model
+from selfrepair.storage import checkpoints as modelfiles
+
+ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+_WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_KEY_HEADS = ("num_key_value_heads", "n_head_kv", "num_kv_heads")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model in numbers."""
+
+    parameters: int
+    embeddings: int  # those of the parameters that are the token embedding or the unembedding
+    layers: int
+    width: int  # d_model
+    keys_values: int  # numbers that a token's keys and values take, per layer
+    vocabulary: int
+    item: int  # bytes of a number in the precision it is run in
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights in memory."""
+        return self.parameters * self.item
+
+    @property
+    def per_layer(self) -> float:
+        """Parameters of one layer, on average."""
+        return (self.parameters - self.embeddings) / self.layers
+
+
+@cache
+def size_of(model: Model) -> Size:
+    """The size of a model: of a directory exactly, of a hub id from its config.json alone.
+
+    Raises InputError if config.json or the weights' headers cannot be read.
+    """
+    config = modelfiles.model_config(model.location, model.revision)
+    find = modelfiles.find_number
+    width = find(config, _WIDTH) or 1024
+    layers = grid.n_layers(model)
+    vocabulary = find(config, ("vocab_size",)) or 50_000
+    heads = find(config, _HEADS) or max(1, width // 64)
+    head = find(config, ("head_dim",)) or width // heads
+    keys_values = 2 * (find(config, _KEY_HEADS) or heads) * head
+    inner = find(config, _INNER) or 4 * width
+    shapes = _shapes(Path(model.location)) if model.local else []
+    if shapes:
+        parameters = sum(map(math.prod, shapes))
+        embeddings = sum(math.prod(shape) for shape in shapes if len(shape) == 2 and vocabulary in shape)
+    else:
+        experts = find(config, _EXPERTS) or 1
+        # Attention's four projections, and the three of a gated MLP (two in older ones: on the safe side).
+        block = width * (2 * heads * head + keys_values) + 3 * width * inner * experts
+        embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings", True) else 2)
+        parameters = layers * block + embeddings
+    return Size(parameters, embeddings, layers, width, keys_values, vocabulary, ITEM[model.dtype])
+
+
+def _shapes(directory: Path) -> list[list[int]]:
+    found = []
+    for file in modelfiles.weight_files(directory):
+        with open(file, "rb") as weights:
+            header: dict[str, Any] = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
+        found += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return found

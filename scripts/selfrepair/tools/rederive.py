@@ -1,0 +1,122 @@
+"""What must have replaced a contribution, worked out again from full forward passes.
+
+Shares with the stages only the draws' keys and the tokens tables: stored activations, moments, clean runs and the
+engine are not looked at. Slow on purpose.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfrepair.effects import reference
+from selfrepair.effects.draws import Key
+from selfrepair.models import hooks
+from selfrepair.models.loading import LoadedModel
+
+Place = tuple[int, str]  # layer, component
+
+
+@dataclass
+class Prompts:
+    """A data set's tokens table."""
+
+    ids: dict[int, Tensor]  # prompt -> (T,) token ids, on the model's device
+    store: list[int]  # the store prompts, in the table's order
+
+
+@dataclass
+class Values:
+    """Replacement values for the rows of one experiment and model."""
+
+    loaded: LoadedModel
+    experiment_prompts: Mapping[str, Prompts]  # of every data set of the experiment, in its order
+    positions: str
+    places: frozenset[Place]  # the contributions that will be asked for; only these are kept
+    _stored: dict[str, dict[Place, Tensor]] = field(default_factory=dict)
+
+    def value(self, row: Mapping[str, Any], seed: int | None) -> Tensor:  # (P, d_model)
+        """The value of one row of an effects table, in contribution units."""
+        place = row["layer"], row["component"]
+        kind, source, prompt, draw = row["ablation"], row["source"], row["prompt"], row["draw"]
+        key = Key(seed or 0, row["model"], source, kind)
+        if kind == "noise":
+            return self._noised(key, source, prompt, draw, place)
+        own = self._contribution(source, prompt, place)
+        if kind == "zero":
+            return torch.zeros_like(own)
+        if kind == "self":
+            return _rounded(own, key, prompt)
+        if kind == "mean":
+            return self._contributions(source, place).double().mean(0)
+        if kind.startswith("replace-"):
+            return self._contribution(kind.removeprefix("replace-"), row["replacement"], place)
+        if kind in ("random", "gaussian"):
+            pooled = torch.cat(
+                [
+                    self._contributions(dataset, place).reshape(-1, own.shape[-1])
+                    for dataset in self.experiment_prompts
+                ]
+            ).double()
+            noise = torch.from_numpy(key.normal(prompt, draw, tuple(own.shape))).to(own.device).double()
+            value = noise * pooled.std(0, correction=0)
+            return value + pooled.mean(0) if kind == "gaussian" else value
+        raise ValueError(f"no ablation {kind!r}")
+
+    def replacement(self, row: Mapping[str, Any], seed: int | None, n_draws: int) -> int | None:
+        """The store prompt that must have been drawn for a row of a replace ablation."""
+        if not row["ablation"].startswith("replace-"):
+            return None
+        store = self.experiment_prompts[row["ablation"].removeprefix("replace-")].store
+        key = Key(seed or 0, row["model"], row["source"], row["ablation"])
+        return store[key.replacements(row["prompt"], n_draws, len(store))[row["draw"]]]
+
+    def _contribution(self, dataset: str, prompt: int, place: Place) -> Tensor:  # (P, d_model)
+        run = reference.forward(self.loaded, self.experiment_prompts[dataset].ids[prompt])
+        return self._at_positions(run.contributions[place])
+
+    def _contributions(self, dataset: str, place: Place) -> Tensor:  # (store prompt, P, d_model)
+        if dataset not in self._stored:
+            found: dict[Place, list[Tensor]] = {wanted: [] for wanted in self.places}
+            prompts = self.experiment_prompts[dataset]
+            for prompt in prompts.store:
+                run = reference.forward(self.loaded, prompts.ids[prompt])
+                for wanted, values in found.items():
+                    values.append(self._at_positions(run.contributions[wanted]))
+            self._stored[dataset] = {wanted: torch.stack(values) for wanted, values in found.items()}
+        return self._stored[dataset][place]
+
+    def _at_positions(self, contribution: Tensor) -> Tensor:
+        return contribution if self.positions == "all" else contribution[-1:]
+
+    def _noised(self, key: Key, source: str, prompt: int, draw: int, place: Place) -> Tensor:
+        ids = self.experiment_prompts[source].ids[prompt]
+        embedding = self.loaded.model.get_input_embeddings()
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        # Added to the embedding's own output: what the model then multiplies, it multiplies with the noise.
+        noise = torch.from_numpy(key.normal(prompt, draw, (len(ids), weight.shape[1]))).to(weight.device)
+        noise = noise.double() * 3 * weight.float().std()
+        with hooks.on_output([(embedding, lambda output: output + noise.to(output.dtype))]):
+            run = reference.forward(self.loaded, ids)
+        return self._at_positions(run.contributions[place])
+
+
+def _rounded(own: Tensor, key: Key, prompt: int) -> Tensor:
+    """The control's value: in 16-bit precision a unit in the last place up, down or neither."""
+    if own.dtype.itemsize != 2:
+        return own
+    step = key.generator("rounding", prompt).integers(-1, 2, tuple(own.shape), dtype=np.int8)
+    factor = 1 + 0.75 * torch.finfo(own.dtype).eps * torch.from_numpy(step).to(own.device).float()
+    return (own.float() * factor).to(own.dtype)
+
+
+def read_prompts(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Prompts:
+    """From the rows of a tokens table."""
+    return Prompts(
+        {row["prompt"]: torch.tensor(row["input_ids"], device=device) for row in rows},
+        [row["prompt"] for row in rows if row["split"] == "store"],
+    )

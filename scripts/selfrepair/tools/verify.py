@@ -1,0 +1,210 @@
+"""Computes a random sample of finished rows again, the slow way, and reports the largest difference.
+
+`python -m selfrepair.tools.verify [--rows N] [--seed S] [--device D] [PATH ...]`: PATH is a cell or a directory with
+cells, `results` if none is given. Each row is computed by two hooked full forward passes (selfrepair.effects.reference)
+with its replacement value worked out again (selfrepair.tools.rederive). The exit status is 1 if a difference is larger
+than the precision of the model allows, 2 if nothing could be compared.
+"""
+
+import argparse
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selfrepair.effects import reference
+from selfrepair.effects.selftest import TOLERANCE
+from selfrepair.errors import InputError
+from selfrepair.models.loading import LoadedModel, ModelSpec, load, pick_device
+from selfrepair.planning import grid
+from selfrepair.storage import tables
+from selfrepair.storage import tensors as store
+from selfrepair.tools import rederive
+
+COLUMNS = (*tables.EFFECT_COLUMNS, "clean_logit", "ablated_logit", "downstream_attn", "downstream_mlp")
+_KEYS = ("experiment", "model", "source", "ablation", "layer", "component", "prompt", "draw")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A row of a cell, and what the cell's metadata say about it."""
+
+    path: Path
+    row: dict[str, Any]
+    facts: dict[str, Any]
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={self.row[key]}" for key in _KEYS)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a row is from what it should be."""
+
+    chosen: Chosen
+    column: str
+    value: float  # in logits
+    allowed: float
+
+    @property
+    def excess(self) -> float:
+        """More than 1: too far."""
+        return self.value / self.allowed
+
+
+def cells_below(paths: Iterable[Path]) -> list[Path]:
+    """The effects files that `paths` are or hold, sorted. Raises InputError for a path that is not there."""
+    found: set[Path] = set()
+    for path in paths:
+        if not path.exists():
+            remedy = "name a cell or a directory with cells, or run the workflow first."
+            raise InputError("there is no such file or directory", where=str(path), remedy=remedy)
+        found.update(path.rglob("ablation=*/layer=*.parquet") if path.is_dir() else [path])
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts[:-1]))
+
+
+def choose(cells: Sequence[Path], rows: int, seed: int) -> Iterator[Chosen]:
+    """`rows` random rows: each from a random cell, no cell twice before all have had their turn."""
+    source = random.Random(seed)
+    waiting: list[Path] = []
+    wanted: dict[Path, int] = defaultdict(int)
+    for _ in range(rows if cells else 0):
+        waiting = waiting or source.sample(cells, len(cells))
+        wanted[waiting.pop()] += 1
+    for path in sorted(wanted):
+        table = tables.read(path)
+        facts = tables.metadata_of(table.schema)
+        for number in source.sample(range(len(table)), min(wanted[path], len(table))):
+            yield Chosen(path, table.slice(number, 1).to_pylist()[0], facts)
+
+
+def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Difference]:
+    """The largest difference of each row; all rows are of one experiment and model."""
+    config = chosen[0].facts["config"]
+    base = chosen[0].path.parents[3]  # .../effects/source=/ablation=/layer=
+    values = rederive.Values(
+        loaded,
+        {name: _prompts(base, name, loaded) for name in _datasets(base, chosen)},
+        config["positions"],
+        frozenset((one.row["layer"], one.row["component"]) for one in chosen),
+    )
+    for one in chosen:
+        row, config = one.row, one.facts["config"]
+        expected_replacement = values.replacement(row, config["seed"], config["draws"])
+        if row["replacement"] != expected_replacement:
+            yield Difference(one, "replacement", float("inf"), 1.0)
+            continue
+        expected = reference.effects(
+            loaded,
+            values.experiment_prompts[row["source"]].ids[row["prompt"]],
+            row["layer"],
+            row["component"],
+            values.value(row, config["seed"]),
+            row["target"],
+        )
+        # The size of the logits at stake, which rounding is relative to.
+        size = max(1.0, abs(expected.clean_logit), abs(expected.ablated_logit))
+        apart = {
+            name: float(np.abs(np.subtract(row[name], getattr(expected, name))).max()) for name in COLUMNS
+        }
+        column = max(apart, key=lambda name: apart[name])
+        yield Difference(one, column, apart[column], TOLERANCE[loaded.dtype] * size)
+
+
+def _datasets(base: Path, chosen: Sequence[Chosen]) -> list[str]:
+    """The data sets that values come from; all of the experiment where noise is scaled by their moments."""
+    if any(one.row["ablation"] in ("random", "gaussian") for one in chosen):
+        return list(store.read_metadata(base / "std.safetensors")["config"]["datasets"])
+    found = {one.row["source"]: None for one in chosen}
+    found |= {
+        one.row["ablation"].removeprefix("replace-"): None
+        for one in chosen
+        if one.row["ablation"].startswith("replace-")
+    }
+    return list(found)
+
+
+def _prompts(base: Path, dataset: str, loaded: LoadedModel) -> rederive.Prompts:
+    columns = ["prompt", "split", "input_ids"]
+    table = tables.read(base / "tokens" / f"{dataset}.parquet", columns)
+    return rederive.read_prompts(table.to_pylist(), loaded.device)
+
+
+def verify(paths: Sequence[Path], rows: int, seed: int, device: str) -> list[Difference]:
+    """Compare `rows` random rows of the cells below `paths`; print what is found model by model."""
+    groups: dict[tuple[Path, str], list[Chosen]] = defaultdict(list)
+    for one in choose(cells_below(paths), rows, seed):
+        groups[one.path.parents[3], str(one.facts["config"]["model_spec"])].append(one)
+    found: list[Difference] = []
+    loaded: LoadedModel | None = None
+    for (base, _), chosen in sorted(groups.items()):
+        spec = ModelSpec(**chosen[0].facts["config"]["model_spec"])
+        if loaded is None or loaded.spec != spec:
+            loaded = None  # before the next one takes its memory
+            loaded = load(spec, pick_device(device))
+        for one in chosen:
+            weights = one.facts["model_weights"]["weights_sha256"]
+            if weights != loaded.weights_sha256:
+                raise InputError(
+                    f"was computed with other weights ({weights[:12]}) than {spec.path} holds now "
+                    f"({str(loaded.weights_sha256)[:12]})",
+                    where=str(one.path),
+                    remedy="run the workflow again, or put the model back.",
+                )
+        found += compare(chosen, loaded)
+        worst = max(found[-len(chosen) :], key=lambda difference: difference.excess)
+        print(
+            f"{base}: {len(chosen)} rows, at most {worst.value:.2g} logits apart ({worst.allowed:.2g} allowed)"
+        )
+        print(f"  {worst.column}: {worst.chosen}")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m selfrepair.tools.verify", description=__doc__)
+    parser.add_argument("paths", nargs="*", type=Path, default=[Path(grid.RESULTS)])
+    parser.add_argument("--rows", type=int, default=20, help="how many rows to compute again (20)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="which rows; a new choice each time if not given"
+    )
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args(arguments)
+    seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
+    try:
+        found = verify(given.paths, given.rows, seed, given.device)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except FileNotFoundError as error:
+        print(f"Error: {error}; run the workflow again: what is missing is computed.", file=sys.stderr)
+        return 2
+    if not found:
+        print("there are no cells to compare", file=sys.stderr)
+        return 2
+    worst = max(found, key=lambda difference: difference.excess)
+    beyond = [difference for difference in found if difference.excess > 1]
+    print(
+        f"largest difference of {len(found)} rows: {worst.value:.3g} logits ({worst.column}); "
+        f"{len(beyond)} beyond what the precision allows (--seed {seed})"
+    )
+    for difference in beyond:
+        print(
+            f"  {difference.chosen.path}: {difference.column} is {difference.value:.3g} off: {difference.chosen}"
+        )
+    if beyond:
+        print(
+            "What to do: delete these cells and results/.cells/, and run the workflow again; if it persists, report it."
+        )
+    return 1 if beyond else 0
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main(sys.argv[1:]))
