@@ -44,8 +44,8 @@ verify: $(STAMP)
 # Measure this engine beside other tools, which live in an environment of their own. `make bench BENCH=--quick`
 .PHONY: bench
 bench: $(STAMP) $(PEERS)
-	PYTHONPATH=scripts:tests .venv-peers/bin/python tests/benchmark/compare.py $(BENCH)
-	PYTHONPATH=scripts:tests .venv/bin/python tests/benchmark/picture.py
+	PYTHONPATH=scripts:tests/support .venv-peers/bin/python tests/benchmark/compare.py $(BENCH)
+	PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/picture.py
 
 # Drop finished cells that no file of results/ uses any more.
 prune: $(STAMP)

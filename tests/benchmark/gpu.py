@@ -1,7 +1,7 @@
 """The engine and the hook loops on one CUDA device, at 100M, 1B and 3B parameters with random weights.
 
-    PYTHONPATH=scripts:tests .venv/bin/python tests/benchmark/gpu.py --output gpu.json
-    PYTHONPATH=scripts:tests .venv/bin/python tests/benchmark/gpu.py --device cpu --shapes toy    # the same, tiny
+    PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/gpu.py --output gpu.json
+    PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/gpu.py --device cpu --shapes toy  # tiny
 
 Times are taken between CUDA events. Each shape is measured in float32 proper, in float32 with TF32 products (which
 the product never uses: it shows what that exactness costs) and in bfloat16; rows per pass are what the product itself

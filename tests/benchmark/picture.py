@@ -1,6 +1,6 @@
 """From docs/performance.json to the tables in docs/performance.md and the figure beside it.
 
-PYTHONPATH=scripts:tests .venv/bin/python tests/benchmark/picture.py
+PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/picture.py
 """
 
 import json

@@ -86,7 +86,7 @@ def test_the_documented_table_is_current():
     fresh = [architectures.examine(name) for name in architectures.cases()]
     written = architectures.committed(page)
     found = {outcome.line() for outcome in fresh}
-    assert written == found, "run: python tests/model/architectures.py --write docs/architectures.md"
+    assert written == found, "run: python tests/support/architectures.py --write docs/architectures.md"
 
 
 # Types that are also words of other things.

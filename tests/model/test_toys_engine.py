@@ -1,6 +1,6 @@
 """The engine on the hand-made networks: erasure, self-repair and a silent backup, against their algebra.
 
-The truths come from scalar equations in tests/toys.py that share no code with the engine or the reference.
+The truths come from scalar equations in tests/support/toys.py that share no code with the engine or the reference.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """A fake `results/` tree with planted truths: every identity holds, and the summary's answers are known.
 
-    PYTHONPATH=scripts python tests/synthetic.py DIRECTORY [--datasets cpp python] [--layers 8] [--summary]
+    PYTHONPATH=scripts python tests/support/synthetic.py DIRECTORY [--datasets cpp python] [--layers 8] [--summary]
 
 writes one to look at. In tests:
 

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SESSION = '''
 """A session that notes when it is made."""

@@ -1,6 +1,6 @@
 """Every decoder-only architecture of the installed transformers as a tiny random model: measured, or refused.
 
-    python tests/model/architectures.py --write docs/architectures.md
+    python tests/support/architectures.py --write docs/architectures.md
 
 writes the table of the documentation; `test_architectures.py` holds the code to it.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(root / "scripts"), str(root / "tests")]
+    sys.path[:0] = [str(root / "scripts"), str(root / "tests" / "support")]
 
 import tiny_models
 import torch
@@ -287,7 +287,7 @@ how a model behaves, not by its name ([models](../scripts/selfrepair/models)). T
 every type of causal language model in transformers {version}, as a random model of four layers in float64, with
 prompts longer than any attention window. It is written by
 
-    python tests/model/architectures.py --write docs/architectures.md
+    python tests/support/architectures.py --write docs/architectures.md
 
 and `tests/model/test_architectures.py` fails when code and table part.
 
