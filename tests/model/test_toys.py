@@ -130,3 +130,17 @@ def test_the_backup_wakes_only_when_the_answer_is_gone():
 def test_the_documentation_shows_these_numbers():
     page = Path(__file__).resolve().parents[2] / "docs/toy-models.md"
     assert toys.table() in page.read_text()
+    assert toys.conclusions_table() in page.read_text()
+
+
+def test_the_three_readings_add_up_and_differ_only_where_something_upstream_speaks():
+    """`own` equals `with norm` where the ablated contribution is the first to write the target's coordinate."""
+    for toy in toys.ALL.values():
+        for layer, component in toys.ORDER:
+            result = toys.conclusion(toy, layer, component)
+            kinds = result.attenuated + result.woken + result.propagated
+            assert abs(kinds) == pytest.approx(abs(result.repair), abs=1e-9)  # aligned with the clean effect
+            if (layer, component) == (0, "attn"):
+                assert result.own[0] == pytest.approx(result.repair + result.norm, abs=1e-9)
+    eraser = toys.conclusion(toys.ERASURE, 0, "mlp")
+    assert eraser.own[0] == pytest.approx(0, abs=1e-12) and abs(eraser.norm) > 0.1

@@ -274,5 +274,106 @@ def table() -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Conclusion:
+    """What algebra concludes about one zero-ablated contribution, as means over prompts, in logits."""
+
+    loss: float  # D
+    repair: float  # R
+    norm: float  # N
+    own: tuple[float, float]  # repair and loss when each run is read with its own sigma
+    attenuated: float
+    woken: float
+    propagated: float
+    verdict: str
+
+    @property
+    def drop(self) -> float:
+        """Return T = D - R - N."""
+        return self.loss - self.repair - self.norm
+
+
+STRONG = range(
+    5, VOCABULARY
+)  # tokens of strength above 1: every repairer is then silent or pushes up when clean
+
+
+def conclusion(toy: Toy, layer: int, component: str, tokens: range = STRONG) -> Conclusion:
+    """Return the class and the sums of the contribution at `layer`, ablated with zero, over the prompts of `tokens`."""
+    means = {name: 0.0 for name in ("loss", "repair", "norm", "own_repair", "own_loss", *KINDS)}
+    signs = set()
+    for token in tokens:
+        before = run(toy, token)
+        after = run(toy, token, {(layer, component): [0.0] * D_MODEL})
+        scale, scale_after = sigma(before.final), sigma(after.final)
+        clean = {at: before.contributions[at][ANSWER] / scale for at in ORDER}
+        ablated = {at: after.contributions[at][ANSWER] / scale for at in ORDER}
+        loss = clean[layer, component] - ablated[layer, component]
+        later = ORDER[ORDER.index((layer, component)) + 1 :]
+        changes = {at: ablated[at] - clean[at] for at in later}
+        side = 1.0 if clean[layer, component] >= 0 else -1.0
+        parts = {
+            "loss": loss,
+            "repair": sum(changes.values()),
+            "norm": after.final[ANSWER] / scale_after * (1 - scale_after / scale),
+            "own_repair": sum(scale / scale_after * ablated[at] - clean[at] for at in later),
+            "own_loss": clean[layer, component] - scale / scale_after * ablated[layer, component],
+        }
+        for kind in KINDS:
+            parts[kind] = sum(
+                side * change
+                for at, change in changes.items()
+                if _kind(side * clean[at], side * change) == kind
+            )
+        for name, value in parts.items():
+            means[name] += value / len(tokens)
+        product = parts["repair"] * loss
+        signs.add(0 if abs(product) < 1e-12 else math.copysign(1, product))
+    own = (means.pop("own_repair"), means.pop("own_loss"))
+    size = abs(means["loss"]) + abs(means["repair"]) + abs(means["norm"])
+    if (layer, component) == ORDER[-1]:
+        verdict = "nothing downstream"
+    elif abs(means["loss"]) < 0.05 * size:
+        verdict = "no direct path"
+    else:  # the same sign in every prompt: so has every interval that resamples them
+        verdict = {(1.0,): "repaired", (-1.0,): "amplified"}.get(tuple(signs), "undecided")
+    return Conclusion(own=own, verdict=verdict, **means)
+
+
+KINDS = ("attenuated", "woken", "propagated")
+
+
+def _kind(clean: float, change: float) -> str:
+    if change < 0:
+        return "propagated"
+    # A silent neuron gives -1e-14, the remainder of the SiLU, where the equation has 0.
+    return "attenuated" if clean < -1e-9 else "woken"
+
+
+def conclusions_table() -> str:
+    """Return the classes of the contributions of all networks, as the second table of docs/toy-models.md."""
+    lines = [
+        "| network | zero-ablated | drop T | loss D | repair R | norm N | restoration: `clean` | `own` "
+        "| `with norm` | class | kind of the change |",
+        "|---|---|" + "---:|" * 7 + "---|---|",
+    ]
+    for name, toy in ALL.items():
+        for layer, component in ((0, "attn"), (0, "mlp"), (1, "mlp")):
+            result = conclusion(toy, layer, component)
+            numbers = [f"{value:.3f}" for value in (result.drop, result.loss, result.repair, result.norm)]
+            ratios = ["", "", ""]
+            if result.verdict in ("repaired", "amplified", "undecided"):
+                with_norm = (result.repair + result.norm) / result.loss
+                ratios = [
+                    f"{value:.3f}"
+                    for value in (result.repair / result.loss, result.own[0] / result.own[1], with_norm)
+                ]
+            kinds = [kind for kind in KINDS if abs(getattr(result, kind)) > 1e-3]
+            cells = [name, f"{component} {layer}", *numbers, *ratios, f"`{result.verdict}`", ", ".join(kinds)]
+            lines.append("| " + " | ".join(cells).replace("-0.000", "0.000") + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(table())
+    print(conclusions_table())
