@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 from selfrepair.effects import draws, reference, runs
-from selfrepair.effects.equations import Effects
+from selfrepair.effects.columns import COLUMNS, OUTCOME, names
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
@@ -24,7 +24,6 @@ from selfrepair.storage import tables
 
 SEED, MODEL, LENGTH, N_SOURCE, N_STORE, N_DRAWS = 5, "tiny", 7, 3, 4, 3
 ABLATIONS = ("zero", "self", "mean", "random", "gaussian", "noise", "replace-here", "replace-there")
-NAMES = [name for name in Effects.__dataclass_fields__]
 
 
 class _Tokenizer:
@@ -204,8 +203,13 @@ def disagreement(experiment, rows):
             row["target"],
             experiment.forward("here", row["prompt"]),
         )
-        for name in NAMES:
-            worst = max(worst, float(np.abs(np.subtract(row[name], getattr(expected, name))).max()))
+        assert row["position"] == len(ids) - 1
+        assert all(row[name] is None for name in names(OUTCOME))
+        for name in names(*{column.kind for column in COLUMNS.values()} - {OUTCOME}):
+            wanted = getattr(expected, name).numpy()
+            assert (row[name] is None) == bool(np.isnan(wanted).any()), name
+            if row[name] is not None:
+                worst = max(worst, float(np.abs(np.subtract(row[name], wanted)).max()))
     return worst
 
 

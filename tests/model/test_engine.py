@@ -5,19 +5,10 @@ import tiny_models
 import torch
 from selfrepair.effects import reference
 from selfrepair.effects.clean import clean_run
+from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, names
 from selfrepair.effects.engine import PATHS, RowBlock, ablate
 from selfrepair.models.loading import wrap
 
-SCALARS = (
-    "delta_unembed",
-    "delta_ablate",
-    "direct_effect",
-    "compensation_attn",
-    "compensation_mlp",
-    "norm_effect",
-    "clean_logit",
-    "ablated_logit",
-)
 MODELS = {
     "llama": {},
     "gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
@@ -58,12 +49,9 @@ def compare(loaded, positions, path, layer, component, lengths=(9, 12), n_draws=
                 )
     actual = ablate(loaded, blocks, layer, component, positions, path)
     assert actual.ledger_error().max() < tolerance
-    for column in SCALARS:
-        wanted = torch.tensor([getattr(row, column) for row in expected], dtype=torch.float64)
-        assert wanted.abs().max() > 1e-3 or column.startswith(("compensation", "norm"))
-        torch.testing.assert_close(getattr(actual, column).double(), wanted, atol=tolerance, rtol=0)
-    for column in ("downstream_attn", "downstream_mlp"):
-        wanted = torch.tensor([getattr(row, column) for row in expected], dtype=torch.float64)
+    for column in names(EFFECT, LOGIT, PROFILE, DIAGNOSTIC):
+        wanted = torch.stack([getattr(row, column) for row in expected])
+        assert wanted.abs().max() > 1e-3 or column.startswith(("compensation", "norm", "downstream"))
         torch.testing.assert_close(getattr(actual, column).double(), wanted, atol=tolerance, rtol=0)
 
 

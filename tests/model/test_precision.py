@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import tiny_tokenizers
 import torch
+from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, summary
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 N_SOURCE, N_STORE, N_DRAWS, LENGTH = 6, 4, 2, 7
 ONE_DRAW = ("zero", "self")
-EFFECTS = tables.EFFECT_COLUMNS
 
 
 @dataclass
@@ -115,7 +115,7 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.006}
 def test_effects_agree_with_float64(runs, dtype):
     size = np.sqrt(np.square(runs["float64"].column("delta_ablate")).mean())
     assert size > 0.5
-    for name in EFFECTS:
+    for name in EFFECT_COLUMNS:
         error = runs[dtype].column(name) - runs["float64"].column(name)
         assert np.sqrt(np.square(error).mean()) < BOUNDS[dtype] * size, name
 

@@ -23,12 +23,12 @@ import torch
 import transformers
 from selfrepair.effects import reference
 from selfrepair.effects.clean import clean_run
+from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, names
 from selfrepair.effects.engine import RowBlock, ablate
 from selfrepair.effects.selftest import Choice, choose
 from selfrepair.errors import InputError
 from selfrepair.models.adapter import require_decoder_only
 from selfrepair.models.loading import LoadedModel, wrap
-from selfrepair.storage.tables import EFFECT_COLUMNS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -262,8 +262,8 @@ def disagreement(loaded: LoadedModel, positions: str, path: str) -> tuple[float,
             for draw in range(2)
         ]
         ledger = max(ledger, float(found.ledger_error().max()))
-        for column in (*EFFECT_COLUMNS, "clean_logit", "ablated_logit"):
-            wanted = torch.tensor([getattr(row, column) for row in expected], dtype=torch.float64)
+        for column in names(EFFECT, LOGIT, DIAGNOSTIC):
+            wanted = torch.stack([getattr(row, column) for row in expected])
             worst = max(worst, float((getattr(found, column) - wanted).abs().max()))
         assert float(found.delta_ablate.abs().min()) > 1e-6, "an ablation that changes nothing tests nothing"
     return worst, ledger

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from selfrepair.effects.columns import EFFECTS, OUTCOME, names
 from selfrepair.storage import tables
 
 Array = NDArray[np.float64]
@@ -281,6 +282,7 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
                 "delta_unembed": np.broadcast_to(np.float32(unembed)[:, None], (n, draws)),
                 "clean_logit": np.broadcast_to(clean["clean_logit"][:, None], (n, draws)),
                 "ablated_logit": np.float32(clean["clean_logit"][:, None].astype(float) + delta),
+                **_diagnostics(plan, source, ablation, layer, component, values["norm_effect"]),
             }
         )
     flat = {
@@ -298,14 +300,36 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
         "component": flat["component"].tolist(),
         "head": [None] * rows,
         "replacement": [None] * rows if replacement is None else replacement.ravel().tolist() * repeats,
+        "replacement_cosine": [None if np.isnan(v) else v for v in flat["replacement_cosine"]],
         "downstream_attn": list(flat["downstream_attn"]),
         "downstream_mlp": list(flat["downstream_mlp"]),
         "correct": correct,
+        "position": [_n_tokens(plan, source, int(prompt)) - 1 for prompt in flat["prompt"]],
+        **{name: [None] * rows for name in names(OUTCOME)},
     }
     path = run.cell(source, ablation, layer)
     metadata = {**_metadata(plan), "source": source, "ablation": ablation, "layer": layer}
-    tables.write(path, columns, tables.EFFECTS, metadata)
+    tables.write(path, columns, EFFECTS, metadata)
     run.cells.append(path)
+
+
+def _diagnostics(
+    plan: Plan, source: str, ablation: str, layer: int, component: str, norm_effect: Array
+) -> dict[str, Any]:
+    """Norm ratio, cosine and sigma ratio (prompt, draw): exact for the control and for zero, plausible otherwise."""
+    shape = norm_effect.shape
+    ratio, cosine = np.ones(shape, np.float32), np.ones(shape, np.float32)
+    if ablation == "zero":
+        ratio, cosine = np.zeros(shape, np.float32), np.full(shape, np.nan, np.float32)
+    elif ablation != "self":
+        rng = _rng(plan, "diagnostics", source, ablation, layer, component)
+        ratio = np.float32(rng.uniform(0.5, 1.5, shape))
+        cosine = np.float32(rng.uniform(-1, 1, shape))
+    return {
+        "sigma_ratio": np.float32(1 + norm_effect / 20),
+        "replacement_norm_ratio": ratio,
+        "replacement_cosine": cosine,
+    }
 
 
 def _replacements(plan: Plan, source: str, ablation: str) -> NDArray[np.int32] | None:

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 import synthetic
 import vl_convert
+from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import figures as stage
 from selfrepair.jobs.stages import summary as summary_stage
@@ -64,7 +65,7 @@ def cell(run: synthetic.Run) -> dict[str, np.ndarray]:
     table = pl.read_parquet(run.cell(SOURCE, ABLATION, LAYER)).filter(pl.col("component") == COMPONENT)
     table = table.sort("prompt", "draw")
     shape = (PLAN.prompts, PLAN.draws)
-    found = {name: table[name].to_numpy().astype(float).reshape(shape) for name in tables.EFFECT_COLUMNS}
+    found = {name: table[name].to_numpy().astype(float).reshape(shape) for name in EFFECT_COLUMNS}
     for name in ("downstream_attn", "downstream_mlp"):
         found[name] = np.array(table[name].to_list()).reshape(*shape, PLAN.layers)
     return found | {"prompt": table["prompt"].to_numpy().reshape(shape)[:, 0]}

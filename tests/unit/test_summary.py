@@ -12,6 +12,7 @@ import pytest
 import synthetic
 from selfrepair.analysis.cells import read_cell
 from selfrepair.analysis.summary import MEANS
+from selfrepair.effects.columns import EFFECT_COLUMNS, EFFECTS
 from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import summary as stage
@@ -53,7 +54,7 @@ def spoil(path, change):
     table, metadata = tables.read(path), tables.read_metadata(path)
     columns = {name: table[name].to_pylist() for name in table.column_names}
     change(columns)
-    schema = tables.EFFECTS if "ablation" in columns else tables.CLEAN
+    schema = EFFECTS if "ablation" in columns else tables.CLEAN
     kept = {k: v for k, v in metadata.items() if k not in ("content_sha256", "schema_version")}
     tables.write(path, columns, schema, kept)
 
@@ -75,7 +76,7 @@ def by_prompt(rows, of):
 
 
 def expected_statistics(rows):
-    column = {name: by_prompt(rows, lambda row, name=name: row[name]) for name in tables.EFFECT_COLUMNS}
+    column = {name: by_prompt(rows, lambda row, name=name: row[name]) for name in EFFECT_COLUMNS}
     prompts = list(column["delta_ablate"])
     n = len(prompts)
     e = {name: [column[name][p] for p in prompts] for name in column}

@@ -3,6 +3,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from selfrepair.effects.columns import EFFECTS
 from selfrepair.errors import DamagedFileError
 from selfrepair.storage import tables
 
@@ -28,7 +29,7 @@ def test_what_is_read_is_what_was_written(path: Path) -> None:
     assert table.to_pydict() == COLUMNS
     assert table.schema.equals(tables.TOKENS)
     stated = tables.read_metadata(path)
-    assert stated == {**FACTS, "schema_version": "1", "content_sha256": stated["content_sha256"]}
+    assert stated == {**FACTS, "schema_version": "2", "content_sha256": stated["content_sha256"]}
     assert pq.read_schema(path).metadata[b"hydra_effect.experiment"] == b'"e"'  # for readers elsewhere
 
 
@@ -40,12 +41,12 @@ def test_chosen_columns_are_those_of_the_whole(path: Path) -> None:
 
 def test_effects_of_a_partitioned_path_keep_their_own_columns(tmp_path: Path) -> None:
     """`source=a` in a path is also a column: readers must not take one for the other."""
-    row = {field.name: [None] for field in tables.EFFECTS}
+    row = {field.name: [None] for field in EFFECTS}
     row |= {"source": ["a"], "ablation": ["zero"], "layer": [3], "downstream_attn": [[0.0, 1.5]]}
     path = tmp_path / "source=other" / "ablation=mean" / "layer=7.parquet"
-    tables.write(path, row, tables.EFFECTS, {})
+    tables.write(path, row, EFFECTS, {})
     table = tables.read(path)
-    assert table.schema.equals(tables.EFFECTS)
+    assert table.schema.equals(EFFECTS)
     assert table.to_pydict() == row
     assert not [name for name in path.parent.iterdir() if name != path]  # nothing temporary left
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from selfrepair.effects.columns import EFFECT_COLUMNS, EFFECTS
 from selfrepair.storage import tables
 from stubproject import Project
 from tinyproject import CONFIG
@@ -48,7 +49,7 @@ def test_all_cells_are_one_table(finished: Project) -> None:
     table = pl.scan_parquet(
         str(finished.path / "results/**/effects/**/*.parquet"), hive_partitioning=False
     ).collect()
-    assert table.columns == tables.EFFECTS.names
+    assert table.columns == EFFECTS.names
     rows = {  # source prompts x components x draws x layers
         ("last", "zero"): 4 * 2 * 1 * 2,
         ("last", "noise"): 4 * 2 * 2 * 2,
@@ -113,7 +114,7 @@ def test_other_rows_give_the_same_values(finished: Project, empty: Project) -> N
         mine, theirs = (tables.read(project.path / cell) for project in (empty, finished))
         for name in ("prompt", "draw", "replacement", "target"):
             assert mine[name].equals(theirs[name])
-        for name in tables.EFFECT_COLUMNS:
+        for name in EFFECT_COLUMNS:
             np.testing.assert_allclose(mine[name].to_numpy(), theirs[name].to_numpy(), atol=2e-5)
 
 

@@ -8,13 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from selfrepair.effects import columns
 from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.storage import tables
 
 Floats = NDArray[np.float32]
 CONTRIBUTIONS = ("attn", "mlp")
 CONTROL = "self"  # a contribution replaced by itself: the noise floor, not an ablation
-FLOATS = (*tables.EFFECT_COLUMNS, "clean_logit", "ablated_logit")
+FLOATS = columns.names(columns.EFFECT, columns.LOGIT)
 _KEYS = ("experiment", "model", "source", "ablation")
 
 
@@ -31,7 +32,7 @@ class Cell:
     components: tuple[str, ...]  # sorted
     prompts: NDArray[np.int32]  # (prompt,) ids, ascending
     draws: NDArray[np.int16]  # (draw,) ascending
-    values: dict[str, Floats]  # per column of tables.EFFECT_COLUMNS: (component, prompt, draw)
+    values: dict[str, Floats]  # per column of columns.EFFECT_COLUMNS: (component, prompt, draw)
     downstream: Floats  # (component, prompt, draw, 2 = attention and MLP, layer)
     correct: NDArray[np.bool_] | None  # (prompt,)
 
@@ -54,7 +55,7 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
     Raises DamagedFileError where the contents are not what was written or not a whole cell, InputError where
     the file is missing or an effect is NaN or infinite (named by its row).
     """
-    table = _verified(path, tables.EFFECTS)
+    table = _verified(path, columns.EFFECTS)
     if not len(table):
         raise _damaged(path, "it has no rows")
     for name in ("component", "prompt", "draw"):
@@ -95,7 +96,7 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
         components=tuple(map(str, components)),
         prompts=prompts,
         draws=draws,
-        values={name: floats[name][order].reshape(shape) for name in tables.EFFECT_COLUMNS},
+        values={name: floats[name][order].reshape(shape) for name in columns.EFFECT_COLUMNS},
         downstream=np.stack([lists[name][order].reshape(*shape, -1) for name in lists], axis=-2),
         correct=_correct(path, table["correct"], order, shape),
     )

@@ -100,7 +100,7 @@ def layer_rows(cell: Cell, subsets: Subsets) -> list[dict[str, Any]]:
 
 
 def _statistics(
-    effects: dict[str, Array],  # (prompt, component) means over draws, per column of tables.EFFECT_COLUMNS
+    effects: dict[str, Array],  # (prompt, component) means over draws, per column of columns.EFFECT_COLUMNS
     bootstrap: Bootstrap,
 ) -> dict[str, Array]:  # (component,) per statistic, the Monte-Carlo errors excepted
     drop = -effects["delta_ablate"]

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from selfrepair.effects.clean import CleanRun
-from selfrepair.effects.equations import Effects, account
+from selfrepair.effects.columns import Effects
+from selfrepair.effects.equations import account
 from selfrepair.models import attention, hooks
 from selfrepair.models.loading import LoadedModel
 
@@ -152,6 +153,7 @@ class _Rows:
         """The effect columns of all rows."""
         sigma = self.loaded.readout.norm.sigma(final.to(self.w.dtype))
         y = torch.linalg.vecdot(final.to(self.w.dtype), self.w) / sigma
+        contribution = self.clean_rows(lambda run: run.contributions[self.layer, self.component], last=True)
         return account(
             clean_attn=self.clean["attn"],
             clean_mlp=self.clean["mlp"],
@@ -162,6 +164,8 @@ class _Rows:
             clean_sigma=self.sigma,
             ablated_sigma=sigma,
             constant=_join([block.per_row(block.run.direction.constant) for block in self.blocks]),
+            replacement=self.value[:, -1].to(self.w.dtype),
+            contribution=contribution[:, 0].to(self.w.dtype),
             layer=self.layer,
             component=self.component,
             parallel=self.loaded.layer(self.layer).parallel,

@@ -4,10 +4,10 @@ All quantities are centred logits of the target token at the last position; chan
 Shapes: `row` stands for one ablated run (a prompt and a draw), `layer` for the model's layers, from 0.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from selfrepair.effects.columns import Effects
 
 
 def centred(logits: Tensor, target: Tensor) -> Tensor:  # (row, vocabulary), (row,) -> (row,)
@@ -59,25 +59,22 @@ def reached(
     return attn, mlp
 
 
-@dataclass(frozen=True)
-class Effects:
-    """The effect columns of a block of rows."""
+def replacement_geometry(
+    replacement: Tensor,  # (row, d_model) at the position read
+    contribution: Tensor,  # (row, d_model) the clean one
+) -> tuple[Tensor, Tensor]:  # (row,), (row,)
+    """Return |ã| / |a| and the cosine between ã and a: how far an ablation leaves the usual activations.
 
-    delta_unembed: Tensor  # (row,)
-    delta_ablate: Tensor  # (row,)
-    direct_effect: Tensor  # (row,)
-    compensation_attn: Tensor  # (row,)
-    compensation_mlp: Tensor  # (row,)
-    norm_effect: Tensor  # (row,)
-    clean_logit: Tensor  # (row,) with the constant biases
-    ablated_logit: Tensor  # (row,)
-    downstream_attn: Tensor  # (row, layer)
-    downstream_mlp: Tensor  # (row, layer)
-
-    def ledger_error(self) -> Tensor:  # (row,)
-        """What the accounting leaves unexplained, in logits: 0 up to rounding."""
-        explained = self.direct_effect + self.compensation_attn + self.compensation_mlp + self.norm_effect
-        return (self.delta_ablate - explained).abs()
+    NaN where the ratio is not defined: the norm ratio for a = 0, the cosine if either vector is 0.
+    """
+    sizes = replacement.norm(dim=-1), contribution.norm(dim=-1)
+    undefined = torch.full_like(sizes[0], torch.nan)
+    product = sizes[0] * sizes[1]
+    cosine = torch.linalg.vecdot(replacement, contribution) / product
+    return (
+        torch.where(sizes[1] > 0, sizes[0] / sizes[1], undefined),
+        torch.where(product > 0, cosine, undefined),
+    )
 
 
 def account(
@@ -91,6 +88,8 @@ def account(
     clean_sigma: Tensor,  # (row,)
     ablated_sigma: Tensor,  # (row,)
     constant: Tensor,  # (row,)
+    replacement: Tensor,  # (row, d_model) at the position read
+    contribution: Tensor,  # (row, d_model) the clean one
     layer: int,
     component: str,
     parallel: bool,
@@ -105,6 +104,7 @@ def account(
     change_attn = downstream_change(clean_attn, ablated_attn, reach_attn)
     change_mlp = downstream_change(clean_mlp, ablated_mlp, reach_mlp)
     clean_logit, ablated_logit = clean_y + constant, ablated_y + constant
+    norm_ratio, cosine = replacement_geometry(replacement, contribution)
     return Effects(
         delta_unembed=own_clean[:, layer],
         delta_ablate=delta_ablate(ablated_y, clean_y),
@@ -116,4 +116,7 @@ def account(
         ablated_logit=ablated_logit,
         downstream_attn=change_attn,
         downstream_mlp=change_mlp,
+        sigma_ratio=clean_sigma / ablated_sigma,
+        replacement_norm_ratio=norm_ratio,
+        replacement_cosine=cosine,
     )

@@ -1,6 +1,7 @@
 """One cell: every source prompt, component and draw of one ablation at one layer."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,26 +9,13 @@ import numpy as np
 import torch
 
 from selfrepair.effects.ablations import Ablation
+from selfrepair.effects.columns import COLUMNS, Effects
 from selfrepair.effects.engine import RowBlock, ablate
-from selfrepair.effects.equations import Effects
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.models import memory, packed
 from selfrepair.models.loading import LoadedModel
 
 log = logging.getLogger("selfrepair")
-
-COLUMNS = (
-    "delta_unembed",
-    "delta_ablate",
-    "direct_effect",
-    "compensation_attn",
-    "compensation_mlp",
-    "norm_effect",
-    "clean_logit",
-    "ablated_logit",
-    "downstream_attn",
-    "downstream_mlp",
-)
 
 
 @dataclass(frozen=True)
@@ -59,9 +47,10 @@ def measure(
     """The effect columns of a cell, rows in the order of component, prompt (as batched) and draw.
 
     `rows`: tokens per matrix product, the bound on memory; halved and tried again when a GPU runs out.
-    Returns `component` (index into `components`), `prompt` and `draw` beside COLUMNS.
+    Returns `component` (index into `components`), `prompt` and `draw` beside the columns of `Effects`. Outcomes
+    that were not computed are left out.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("component", "prompt", "draw", *COLUMNS)}
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
     with packed.context(loaded, rows):
         for number, component in enumerate(components):
             pieces = _pieces(loaded, runs, ablation, layer, component, n_draws, positions, path, rows)
@@ -70,7 +59,9 @@ def measure(
                 parts["prompt"].append(prompts)
                 parts["draw"].append(draws)
                 for name in COLUMNS:
-                    parts[name].append(getattr(effects, name).to("cpu").numpy())
+                    values = getattr(effects, name)
+                    if values is not None:
+                        parts[name].append(values.to("cpu").numpy())
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfrepair.effects.columns import Effects
 from selfrepair.models import hooks
 from selfrepair.models.loading import LoadedModel
 
@@ -72,22 +73,6 @@ def forward(
     return ForwardPass(contributions, final[0], raw[0].double() * loaded.adapter.logit_scale)
 
 
-@dataclass
-class ReferenceEffects:
-    """The effect columns of one ablation, as Python floats and per-layer lists."""
-
-    delta_unembed: float
-    delta_ablate: float
-    direct_effect: float
-    compensation_attn: float
-    compensation_mlp: float
-    norm_effect: float
-    clean_logit: float
-    ablated_logit: float
-    downstream_attn: list[float]
-    downstream_mlp: list[float]
-
-
 @torch.no_grad()
 def effects(
     loaded: LoadedModel,
@@ -97,8 +82,11 @@ def effects(
     value: Tensor,  # (T, d_model), or (1, d_model) to replace the last position only; contribution units
     target: int,
     clean: ForwardPass | None = None,
-) -> ReferenceEffects:
-    """All effects of one ablation of one prompt, from two full forward passes."""
+) -> Effects:
+    """Return all effects of one ablation of one prompt, from two full forward passes.
+
+    Tensors are float64 on the CPU and have no row dimension: scalars () and profiles (layer,).
+    """
     before = clean if clean is not None else forward(loaded, input_ids)
     after = forward(loaded, input_ids, (layer, component, value))
     norm = loaded.readout.norm
@@ -147,15 +135,24 @@ def effects(
     mlp = [change(l, "mlp") if l >= first_mlp else 0.0 for l in range(n_layers)]  # noqa: E741
     biases = logit(before) - unbiased
     y_ablated = logit(after) - biases
-    return ReferenceEffects(
-        delta_unembed=clean_effects[layer, component],
-        delta_ablate=logit(after) - logit(before),
-        direct_effect=change(layer, component),
-        compensation_attn=sum(attn),
-        compensation_mlp=sum(mlp),
-        norm_effect=y_ablated * (1 - float(sigma(after.final) / frozen)),
-        clean_logit=logit(before),
-        ablated_logit=logit(after),
-        downstream_attn=attn,
-        downstream_mlp=mlp,
-    )
+    own, replacement = (run.contributions[layer, component][-1].double() for run in (before, after))
+    lengths = float((own * own).sum().sqrt()), float((replacement * replacement).sum().sqrt())
+    nan = float("nan")
+    values: dict[str, float | list[float]] = {
+        "delta_unembed": clean_effects[layer, component],
+        "delta_ablate": logit(after) - logit(before),
+        "direct_effect": change(layer, component),
+        "compensation_attn": sum(attn),
+        "compensation_mlp": sum(mlp),
+        "norm_effect": y_ablated * (1 - float(sigma(after.final) / frozen)),
+        "clean_logit": logit(before),
+        "ablated_logit": logit(after),
+        "downstream_attn": attn,
+        "downstream_mlp": mlp,
+        "sigma_ratio": float(frozen / sigma(after.final)),
+        "replacement_norm_ratio": lengths[1] / lengths[0] if lengths[0] else nan,
+        "replacement_cosine": float((own * replacement).sum()) / (lengths[0] * lengths[1])
+        if all(lengths)
+        else nan,
+    }
+    return Effects(**{name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})

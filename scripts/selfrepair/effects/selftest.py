@@ -12,14 +12,18 @@ from torch import Tensor
 
 from selfrepair.effects import reference
 from selfrepair.effects.clean import CleanRun, clean_run
+from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, Effects, names
 from selfrepair.effects.engine import PATHS, RowBlock, ablate, restart_error
 from selfrepair.errors import InputError
 from selfrepair.models import attention
 from selfrepair.models.adapter import COMPONENTS
 from selfrepair.models.loading import LoadedModel
-from selfrepair.storage.tables import EFFECT_COLUMNS
 
 log = logging.getLogger("selfrepair")
+
+_CHANGES = tuple(
+    name for name in names(EFFECT, PROFILE) if name != "delta_unembed"
+)  # 0 if nothing is ablated
 
 # Largest disagreement with the reference, relative to the size of the logits at stake, by model precision.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
@@ -65,20 +69,11 @@ def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str) -> Choice
     )
 
 
-def _unchanged(row: reference.ReferenceEffects) -> reference.ReferenceEffects:
+def _unchanged(row: Effects) -> Effects:
     """What a contribution replaced by itself must give."""
-    nothing = [0.0] * len(row.downstream_attn)
-    return replace(
-        row,
-        delta_ablate=0.0,
-        direct_effect=0.0,
-        compensation_attn=0.0,
-        compensation_mlp=0.0,
-        norm_effect=0.0,
-        ablated_logit=row.clean_logit,
-        downstream_attn=nothing,
-        downstream_mlp=nothing,
-    )
+    changes = {name: torch.zeros_like(getattr(row, name)) for name in _CHANGES}
+    unchanged = {name: torch.ones_like(getattr(row, name)) for name in names(DIAGNOSTIC)}
+    return replace(row, ablated_logit=row.clean_logit, **changes, **unchanged)
 
 
 class _Expected:
@@ -86,7 +81,7 @@ class _Expected:
 
     def __init__(self, loaded: LoadedModel, prompts: list[Tensor], positions: str) -> None:
         self.loaded, self.positions = loaded, positions
-        self.cases: list[tuple[int, str, list[Tensor], list[reference.ReferenceEffects]]] = []
+        self.cases: list[tuple[int, str, list[Tensor], list[Effects]]] = []
         generator = torch.Generator().manual_seed(0)
         middle = loaded.n_layers // 2
         clean = [reference.forward(loaded, ids) for ids in prompts]
@@ -137,16 +132,15 @@ class _Expected:
             ]
             groups = [blocks] if path == "rows" else [[block] for block in blocks]
             found = [ablate(loaded, group, layer, component, self.positions, path) for group in groups]
-            stake = max(
-                1.0, *(abs(row.clean_logit) for row in rows), *(abs(row.ablated_logit) for row in rows)
-            )
+            logits = torch.stack([getattr(row, name) for row in rows for name in names(LOGIT)])
+            stake = max(1.0, float(logits.abs().max()))
             # Engine and reference share the adapter: a wrong one may leave both open by the same amount.
             ledger = float(torch.cat([effects.ledger_error() for effects in found]).max())
             if not ledger <= TOLERANCE[loaded.dtype] * stake:
                 raise InputError(f"the ledger is open by {ledger:.2g} logits (layer {layer}, {component})")
-            for column in (*EFFECT_COLUMNS, "clean_logit", "ablated_logit"):
+            for column in names(EFFECT, LOGIT):
                 actual = torch.cat([getattr(effects, column) for effects in found]).double().cpu()
-                wanted = torch.tensor([getattr(row, column) for row in rows], dtype=torch.float64)
+                wanted = torch.stack([getattr(row, column) for row in rows])
                 difference = float((actual - wanted).abs().max())
                 if not difference < float("inf"):  # also when it is not a number
                     raise InputError("effects are not finite")

@@ -18,20 +18,11 @@ import pyarrow.parquet as pq
 from selfrepair.errors import DamagedFileError
 from selfrepair.storage.atomic import replacing
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 PREFIX = "hydra_effect."  # of every metadata key
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 _PER_LAYER = pa.list_(pa.float32())
-
-EFFECT_COLUMNS = (
-    "delta_unembed",
-    "delta_ablate",
-    "direct_effect",
-    "compensation_attn",
-    "compensation_mlp",
-    "norm_effect",
-)
 
 TOKENS = pa.schema(
     [
@@ -64,33 +55,6 @@ CLEAN = pa.schema(
         ("unembed_own_norm_mlp", _PER_LAYER),
         ("closure_error", pa.float32()),  # |z^L - z^0 - sum of contributions| / |z^L|
         ("readout_error", pa.float32()),  # clean_logit against the model's own centred logit, in logits
-    ]
-)
-
-EFFECTS = pa.schema(
-    [
-        ("experiment", _NAME),
-        ("model", _NAME),
-        ("source", _NAME),
-        ("ablation", _NAME),
-        ("layer", pa.int16()),
-        ("component", _NAME),
-        ("head", pa.int16()),
-        ("prompt", pa.int32()),
-        ("draw", pa.int16()),
-        ("replacement", pa.int32()),
-        ("target", pa.int32()),
-        ("delta_unembed", pa.float32()),
-        ("delta_ablate", pa.float32()),
-        ("direct_effect", pa.float32()),
-        ("compensation_attn", pa.float32()),
-        ("compensation_mlp", pa.float32()),
-        ("norm_effect", pa.float32()),
-        ("clean_logit", pa.float32()),
-        ("ablated_logit", pa.float32()),
-        ("downstream_attn", _PER_LAYER),
-        ("downstream_mlp", _PER_LAYER),
-        ("correct", pa.bool_()),
     ]
 )
 

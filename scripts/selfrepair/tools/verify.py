@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from selfrepair.effects import reference
+from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, names
 from selfrepair.effects.selftest import TOLERANCE
 from selfrepair.errors import InputError
 from selfrepair.models.loading import LoadedModel, ModelSpec, load, pick_device
@@ -27,7 +28,7 @@ from selfrepair.storage import tables
 from selfrepair.storage import tensors as store
 from selfrepair.tools import rederive
 
-COLUMNS = (*tables.EFFECT_COLUMNS, "clean_logit", "ablated_logit", "downstream_attn", "downstream_mlp")
+COLUMNS = names(EFFECT, LOGIT, PROFILE, DIAGNOSTIC)
 _KEYS = ("experiment", "model", "source", "ablation", "layer", "component", "prompt", "draw")
 
 
@@ -109,12 +110,19 @@ def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Differenc
             row["target"],
         )
         # The size of the logits at stake, which rounding is relative to.
-        size = max(1.0, abs(expected.clean_logit), abs(expected.ablated_logit))
-        apart = {
-            name: float(np.abs(np.subtract(row[name], getattr(expected, name))).max()) for name in COLUMNS
-        }
+        size = max(1.0, *(abs(float(getattr(expected, name))) for name in names(LOGIT)))
+        apart = {name: _apart(row[name], getattr(expected, name)) for name in COLUMNS}
         column = max(apart, key=lambda name: apart[name])
         yield Difference(one, column, apart[column], TOLERANCE[loaded.dtype] * size)
+
+
+def _apart(stored: float | list[float] | None, expected: torch.Tensor) -> float:
+    """Return the largest absolute difference; 0 for a null where NaN is expected, infinity for only one of them."""
+    actual = np.asarray(np.nan if stored is None else stored, dtype=float)
+    wanted = expected.numpy()
+    if np.isnan(actual).any() or np.isnan(wanted).any():
+        return 0.0 if np.array_equal(np.isnan(actual), np.isnan(wanted)) else float("inf")
+    return float(np.abs(actual - wanted).max())
 
 
 def _datasets(base: Path, chosen: Sequence[Chosen]) -> list[str]:

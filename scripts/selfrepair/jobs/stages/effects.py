@@ -2,7 +2,7 @@
 
 Input: `tokens` and `clean` of the source; `activations` of the data set that values come from (mean, replace-*);
 `std` (random, gaussian).
-Output `cell` (selfrepair.storage.tables.EFFECTS): one row per source prompt x component x draw, logits.
+Output `cell` (selfrepair.effects.columns.EFFECTS): one row per source prompt x component x draw, logits.
 Params: experiment, model, model_spec, model_digest, source, ablation, layer, layers, components, positions, draws,
 seed, target, code.
 """
@@ -16,8 +16,9 @@ import pyarrow as pa
 from torch import Tensor
 
 from selfrepair.effects.ablations import Ablation, EmbeddingNoise, Gaussian, Mean, Replace, Self, Zero
+from selfrepair.effects.columns import COLUMNS, EFFECTS, PROFILE, names
 from selfrepair.effects.draws import Key
-from selfrepair.effects.measure import COLUMNS, measure
+from selfrepair.effects.measure import measure
 from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore, provenance
 from selfrepair.jobs.job import Job
@@ -72,9 +73,9 @@ def run(job: Job, session: Session) -> None:
     rank = np.array([place[prompt] for prompt in found["prompt"].tolist()])
     order = np.lexsort((found["draw"], rank, found["component"]))
     found = {name: values[order] for name, values in found.items()}
-    columns = _columns(
-        params, found, ablation, targets, dict(zip(clean["prompt"], clean["correct"], strict=True))
-    )
+    correct = dict(zip(clean["prompt"], clean["correct"], strict=True))
+    last = {row.id: len(row.input_ids) - 1 for row in source}
+    columns = _columns(params, found, ablation, targets, correct, last)
     _require_finite(found, job.output["cell"])
     metadata = {
         "config": params,
@@ -84,7 +85,7 @@ def run(job: Job, session: Session) -> None:
         "seed": params["seed"],
         **provenance.of(loaded),
     }
-    tables.write(job.output["cell"], columns, tables.EFFECTS, metadata)
+    tables.write(job.output["cell"], columns, EFFECTS, metadata)
     log.info("%d rows, %.3f s in the engine (path %s)", len(order), seconds, choice.path)
 
 
@@ -121,6 +122,7 @@ def _columns(
     ablation: Ablation,
     targets: dict[int, int],
     correct: dict[int, bool | None],
+    last: dict[int, int],  # prompt -> its last position
 ) -> dict[str, Any]:
     ids = found["prompt"].tolist()
     n_rows = len(ids)
@@ -130,11 +132,13 @@ def _columns(
         for draw in range(params["draws"])
     }
     columns: dict[str, Any] = {
-        name: pa.array(found[name].astype(np.float32))
-        for name in COLUMNS
-        if not name.startswith("downstream")
+        name: pa.array(found[name], column.type, from_pandas=column.nullable)
+        if name in found
+        else pa.nulls(n_rows, column.type)
+        for name, column in COLUMNS.items()
+        if column.kind != PROFILE
     }
-    for name in ("downstream_attn", "downstream_mlp"):
+    for name in names(PROFILE):
         values = found[name].astype(np.float32)
         offsets = np.arange(n_rows + 1, dtype=np.int32) * values.shape[1]
         columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
@@ -150,12 +154,14 @@ def _columns(
         "replacement": [replacement[pair] for pair in zip(ids, found["draw"].tolist(), strict=True)],
         "target": [targets[prompt] for prompt in ids],
         "correct": [correct[prompt] for prompt in ids],
+        "position": [last[prompt] for prompt in ids],
     }
 
 
 def _require_finite(found: dict[str, np.ndarray], cell: str) -> None:
-    for name in COLUMNS:
-        bad = ~np.isfinite(found[name].reshape(len(found["prompt"]), -1)).all(1)
+    for name in set(COLUMNS) & set(found):
+        values = found[name].reshape(len(found["prompt"]), -1)
+        bad = (np.isinf(values) if COLUMNS[name].nullable else ~np.isfinite(values)).any(1)
         if bad.any():
             row = int(bad.argmax())
             raise InputError(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
+from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.errors import DamagedFileError
 from selfrepair.storage import tables
-from selfrepair.storage.tables import EFFECT_COLUMNS
 
 CELL = ("source", "ablation", "layer", "component")
 CONTROL = "self"
