@@ -32,7 +32,8 @@ import torch
 import workload
 from selfrepair.effects import selftest
 from selfrepair.jobs.session import Session
-from selfrepair.models.loading import ModelSpec, load
+from selfrepair.models.loading import load
+from selfrepair.models.weights import ModelSpec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workload import COMPONENTS, DEMO, ROOT, SHAPES, Piece, Work
 

@@ -25,7 +25,9 @@ import torch
 import workload
 from selfrepair.effects import selftest
 from selfrepair.jobs.session import Session
-from selfrepair.models.loading import LoadedModel, ModelSpec, pick_device, wrap
+from selfrepair.models.device import pick_device
+from selfrepair.models.loading import LoadedModel, wrap
+from selfrepair.models.weights import ModelSpec
 from selfrepair.prompts.prompt import Prompt
 from transformers import AutoConfig, AutoModelForCausalLM
 from workload import COMPONENTS, SHAPES, Piece, Shape, Work

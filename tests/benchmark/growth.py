@@ -12,7 +12,8 @@ import contenders
 import meter
 import torch
 import workload
-from selfrepair.models.loading import ModelSpec, load
+from selfrepair.models.loading import load
+from selfrepair.models.weights import ModelSpec
 from workload import Shape, Work
 
 BASE = Shape(8, 256, 8, 4, 640, 4000)

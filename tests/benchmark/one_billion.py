@@ -100,7 +100,7 @@ def measure(directory: Path, dtype: str) -> None:
     from selfrepair.effects.ablations import Replace, Self, Zero
     from selfrepair.effects.draws import Key
     from selfrepair.jobs.session import Session
-    from selfrepair.models.loading import ModelSpec
+    from selfrepair.models.weights import ModelSpec
     from selfrepair.prompts.prompt import Prompt
 
     torch.set_num_threads(2)

@@ -8,11 +8,12 @@ import tiny_models
 import torch
 from selfrepair.effects import engine, selftest
 from selfrepair.errors import InputError
-from selfrepair.models import adapter as adapters
-from selfrepair.models import attention
+from selfrepair.models import attention, unembedding
 from selfrepair.models import loading as models
-from selfrepair.models.adapter import NoDecompositionError, check_roles, detect
+from selfrepair.models.adapter import NoDecompositionError
+from selfrepair.models.detection import detect
 from selfrepair.models.loading import check_closure, wrap
+from selfrepair.models.roles import check_roles
 from torch import nn
 
 
@@ -153,9 +154,9 @@ def test_one_contribution_seen_twice_is_not_taken_for_two(llama):
 
 def test_a_soft_cap_is_fitted_where_the_configuration_names_none():
     raw = torch.linspace(-40, 35, 50, dtype=torch.float64)
-    cap, error = adapters._softcap(None, raw, 30 * torch.tanh(raw / 30))
+    cap, error = unembedding._softcap(None, raw, 30 * torch.tanh(raw / 30))
     assert cap == 30 and error < 1e-12
-    cap, error = adapters._softcap(None, raw, 17.3 * torch.tanh(raw / 17.3))
+    cap, error = unembedding._softcap(None, raw, 17.3 * torch.tanh(raw / 17.3))
     assert cap == pytest.approx(17.3) and error < 1e-9
 
 

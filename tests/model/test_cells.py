@@ -18,7 +18,8 @@ from selfrepair.effects.runs import CleanRuns
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, std
-from selfrepair.models.loading import LoadedModel, ModelSpec, wrap
+from selfrepair.models.loading import LoadedModel, wrap
+from selfrepair.models.weights import ModelSpec
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import tables
 

@@ -21,7 +21,8 @@ from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import choose
 from selfrepair.jobs.session import bytes_per_row
 from selfrepair.models import memory
-from selfrepair.models.loading import pick_device, wrap
+from selfrepair.models.device import pick_device
+from selfrepair.models.loading import wrap
 from selfrepair.prompts.prompt import Prompt
 
 pytestmark = [
@@ -208,7 +209,7 @@ def test_out_of_memory_is_answered_by_smaller_chunks(caplog):
 def test_auto_is_the_gpu_and_an_empty_list_of_them_the_cpu():
     assert pick_device("auto").type == "cuda"
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; from selfrepair.models.loading import pick_device; "
+        "import sys; sys.path[:0] = sys.argv[1:]; from selfrepair.models.device import pick_device; "
         "print(pick_device('auto').type)"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -15,8 +15,8 @@ from torch import Tensor
 from selfrepair.effects.clean import CleanRun
 from selfrepair.effects.draws import Key
 from selfrepair.models import hooks
-from selfrepair.models.adapter import probe_ids
 from selfrepair.models.loading import LoadedModel
+from selfrepair.models.probes import probe_ids
 
 NOISE_SCALE = 3.0  # standard deviations of the token embeddings (Eq. 37; the convention of ROME)
 

@@ -16,8 +16,8 @@ from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, Effec
 from selfrepair.effects.engine import PATHS, RowBlock, ablate, restart_error
 from selfrepair.errors import InputError
 from selfrepair.models import attention
-from selfrepair.models.adapter import COMPONENTS
 from selfrepair.models.loading import LoadedModel
+from selfrepair.planning.sites import COMPONENTS
 
 log = logging.getLogger("selfrepair")
 

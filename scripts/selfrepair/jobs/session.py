@@ -12,7 +12,9 @@ from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import Choice, choose
 from selfrepair.models import memory
 from selfrepair.models.adapter import text_config
-from selfrepair.models.loading import LoadedModel, ModelSpec, load, local_snapshot, pick_device
+from selfrepair.models.device import pick_device
+from selfrepair.models.loading import LoadedModel, load
+from selfrepair.models.weights import ModelSpec, local_snapshot
 from selfrepair.prompts.prompt import Prompt
 
 T = TypeVar("T")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfrepair.models.adapter import Adapter, final_norm
+from selfrepair.models.adapter import Adapter
 from selfrepair.models.norms import FinalNorm
+from selfrepair.models.unembedding import final_norm
 
 _VOCABULARY_CHUNK = 16384  # rows of the unembedding brought to readout precision at a time
 

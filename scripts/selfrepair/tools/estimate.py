@@ -56,7 +56,7 @@ def speed(model: Model, positions: str, length: int, device: str) -> float:
     """
     import torch
 
-    from selfrepair.models.loading import pick_device
+    from selfrepair.models.device import pick_device
 
     place = pick_device(device)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def _warnings(config: Config, found: Sequence[Costs], device: str | None, look_a
         )
     if look_at_device:
         from selfrepair.models import memory
-        from selfrepair.models.loading import pick_device
+        from selfrepair.models.device import pick_device
 
         for cost in found:
             at = pick_device(device or config.models[cost.model].device)

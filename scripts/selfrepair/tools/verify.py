@@ -22,7 +22,9 @@ from selfrepair.effects import reference
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, names
 from selfrepair.effects.selftest import TOLERANCE
 from selfrepair.errors import InputError
-from selfrepair.models.loading import LoadedModel, ModelSpec, load, pick_device
+from selfrepair.models.device import pick_device
+from selfrepair.models.loading import LoadedModel, load
+from selfrepair.models.weights import ModelSpec
 from selfrepair.planning import grid
 from selfrepair.storage import tables
 from selfrepair.storage import tensors as store

@@ -19,7 +19,8 @@ from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore, provenance
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
-from selfrepair.models.loading import LoadedModel, ModelSpec
+from selfrepair.models.loading import LoadedModel
+from selfrepair.models.weights import ModelSpec
 from selfrepair.prompts import tokens as prompts
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import tables
