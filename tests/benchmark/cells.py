@@ -16,7 +16,7 @@ import workload
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, std
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 from torch import Tensor
 
 SOURCE, STORE = 50, 25
@@ -119,4 +119,4 @@ def _write_tokens(path: Path, source: Tensor, store: Tensor) -> None:
         "input_ids": rows,
         "answer_ids": [None] * len(rows),
     }
-    tables.write(path, columns, tables.TOKENS, {})
+    tables.write(path, columns, schemas.TOKENS, {})

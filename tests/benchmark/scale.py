@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
 
 import stubproject  # noqa: E402
-from selfrepair.planning import config as configuration  # noqa: E402
+from selfrepair.planning.config_loading import load_config  # noqa: E402
 from selfrepair.planning.plan import Plan  # noqa: E402
 
 DATASETS = 5
@@ -137,7 +137,7 @@ def done(found: stubproject.Project) -> int:
 def finish(found: stubproject.Project, extra: list[str]) -> None:
     """Leave the project as a run would: every file is there, and Snakemake knows what it was made from."""
     with contextlib.chdir(found.path):
-        plan = Plan(configuration.load(found.configured(), Path("."), "config.yaml"))
+        plan = Plan(load_config(found.configured(), Path("."), "config.yaml"))
         for name in {*plan.targets(), *plan.intermediates()}:
             file = Path(name)
             file.parent.mkdir(parents=True, exist_ok=True)

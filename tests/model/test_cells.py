@@ -21,7 +21,7 @@ from selfrepair.jobs.stages import activations, effects, std
 from selfrepair.models.loading import LoadedModel, wrap
 from selfrepair.models.weights import ModelSpec
 from selfrepair.prompts.prompt import Prompt
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 
 SEED, MODEL, LENGTH, N_SOURCE, N_STORE, N_DRAWS = 5, "tiny", 7, 3, 4, 3
 ABLATIONS = ("zero", "self", "mean", "random", "gaussian", "noise", "replace-here", "replace-there")
@@ -97,7 +97,7 @@ class Experiment:
             "input_ids": list(ids.values()),
             "answer_ids": [[n % 200] for n in ids],
         }
-        tables.write(self.path("tokens", f"{dataset}.parquet"), columns, tables.TOKENS, {})
+        tables.write(self.path("tokens", f"{dataset}.parquet"), columns, schemas.TOKENS, {})
 
     def cell(self, ablation, layer):
         one = ablation in ("zero", "self", "mean")
@@ -276,14 +276,14 @@ def test_clean_table(experiment):
 
 
 def test_stored_activations_are_those_of_full_forwards(experiment):
-    from selfrepair.storage import tensors as store
+    from selfrepair.storage import tensors
 
     for dataset, layer in itertools.product(("here", "there"), range(4)):
-        tensors = store.read(experiment.layers(dataset)[layer])
-        assert tensors["prompt"].tolist() == experiment.stored[dataset]
+        stored = tensors.read(experiment.layers(dataset)[layer])
+        assert stored["prompt"].tolist() == experiment.stored[dataset]
         for component in ("attn", "mlp"):
             expected = experiment.contributions(dataset, layer, component)
-            actual = tensors[component]
+            actual = stored[component]
             actual = actual if experiment.positions == "all" else actual[:, None]
             torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-7)
 

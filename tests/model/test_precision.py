@@ -13,7 +13,7 @@ from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, summary
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 from transformers import AutoModelForCausalLM
 
 N_SOURCE, N_STORE, N_DRAWS, LENGTH = 6, 4, 2, 7
@@ -63,7 +63,7 @@ def run(
         "answer_ids": [[3 + n] for n in range(count)],
     }
     tokens, clean = str(root / "tokens.parquet"), str(root / "clean.parquet")
-    tables.write(tokens, columns, tables.TOKENS, {})
+    tables.write(tokens, columns, schemas.TOKENS, {})
     stored = [str(root / f"layer={n}.safetensors") for n in range(tiny_models.LAYERS)]
     output = {"layers": stored, "clean": clean}
     activations.run(Job("activations", {"tokens": tokens}, output, {**base, "dataset": "here"}, {}), session)

@@ -16,7 +16,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from selfrepair.planning import runlock, startup
-runlock.hold([Path(sys.argv[1])])
+runlock.acquire_run_lock([Path(sys.argv[1])])
 if len(sys.argv) > 2:
     import subprocess
     subprocess.Popen(["sleep", "60"])  # a child does not inherit the lock
@@ -58,11 +58,11 @@ def test_held_by_another_it_is_refused_and_killed_it_is_free(tmp_path: Path) -> 
         with pytest.raises(
             InputError, match=rf"process {process.pid} on .*since 20.*\n.*wait until it has ended"
         ):
-            runlock.hold([tmp_path / "e"])
-        runlock.hold([tmp_path / "f"])  # another experiment
+            runlock.acquire_run_lock([tmp_path / "e"])
+        runlock.acquire_run_lock([tmp_path / "f"])  # another experiment
         process.kill()
         process.wait()
-        runlock.hold([tmp_path / "e"])
+        runlock.acquire_run_lock([tmp_path / "e"])
         assert (tmp_path / "e" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     finally:
         os.killpg(process.pid, 9)
@@ -71,7 +71,7 @@ def test_held_by_another_it_is_refused_and_killed_it_is_free(tmp_path: Path) -> 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file")
     with pytest.raises(InputError, match="results/e: cannot be written"):
-        runlock.hold([tmp_path / "results" / "e"])
+        runlock.acquire_run_lock([tmp_path / "results" / "e"])
 
 
 def test_only_files_from_the_future_are_dated_anew(tmp_path: Path) -> None:

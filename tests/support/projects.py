@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from selfrepair.planning import config
+from selfrepair.planning import config, config_loading
 
 LAYERS = 8
 
@@ -56,4 +56,4 @@ def safetensors_bytes(values: bytes = b"\0" * 8) -> bytes:
 
 def load(root: Path, values: dict[str, Any] | None = None) -> config.Config:
     """The configuration `values`, or `raw()`, of the project under `root`."""
-    return config.load(raw() if values is None else values, root)
+    return config_loading.load_config(raw() if values is None else values, root)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from selfrepair.effects.columns import EFFECTS, OUTCOME, names
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 
 Array = NDArray[np.float64]
 COMPONENTS = ("attn", "mlp")
@@ -214,7 +214,7 @@ def _write_tokens(run: Run, source: str, prompts: NDArray[np.int32], store: NDAr
         ],
         "answer_ids": [[p % 1000] if source in plan.answers else None for p in ids],
     }
-    tables.write(path, columns, tables.TOKENS, _metadata(plan))
+    tables.write(path, columns, schemas.TOKENS, _metadata(plan))
     run.tokens.append(path)
 
 
@@ -253,7 +253,7 @@ def _write_clean(run: Run, source: str, prompts: NDArray[np.int32]) -> dict[str,
         "closure_error": np.float32(rng.uniform(0, 4e-7, n)),
         "readout_error": np.float32(rng.uniform(0, 3e-6, n)),
     }
-    tables.write(path, columns, tables.CLEAN, {**_metadata(plan), "source": source})
+    tables.write(path, columns, schemas.CLEAN, {**_metadata(plan), "source": source})
     run.clean.append(path)
     return columns | {"attn": attn, "mlp": mlp}
 

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 from collections.abc import Callable
@@ -5,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from selfrepair.errors import DamagedFileError
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
-from selfrepair.storage import tables
+from selfrepair.storage import contents, tables
 
 
 def write_safetensors(path: Path, **metadata: str) -> None:
@@ -140,9 +143,9 @@ def test_swapped_inputs_are_another_cell(job: Job) -> None:
 def test_the_content_counts_where_a_file_states_no_digest(tmp_path: Path) -> None:
     path = tmp_path / "layer=0.safetensors"
     write_safetensors(path, other="x")
-    before = cellstore.content_of(str(path))
+    before = contents.content_of(str(path))
     write_safetensors(path, other="y")
-    assert cellstore.content_of(str(path)) != before
+    assert contents.content_of(str(path)) != before
 
 
 def test_a_truncated_header_is_damage(tmp_path: Path) -> None:
@@ -150,10 +153,10 @@ def test_a_truncated_header_is_damage(tmp_path: Path) -> None:
     for content in (b"", b"\x05", (1 << 40).to_bytes(8, "little") + b"{}", b"\x02" + b"\0" * 7 + b"{"):
         path.write_bytes(content)
         with pytest.raises(DamagedFileError, match="layer=0"):
-            cellstore.content_of(str(path))
+            contents.content_of(str(path))
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "emptied"])
+@pytest.mark.parametrize("how", ["flipped", "truncated", "emptied", "rewritten"])
 def test_a_damaged_entry_is_dropped_and_computed_again(job: Job, how: str) -> None:
     compute = Computing()
     cellstore.through(job, compute)
@@ -161,7 +164,15 @@ def test_a_damaged_entry_is_dropped_and_computed_again(job: Job, how: str) -> No
     content = bytearray(entry.read_bytes())
     middle = content.index(b"\x15")  # within the first page
     content[middle + 20] ^= 1
-    damaged = {"flipped": bytes(content), "truncated": bytes(content[:-9]), "emptied": b""}[how]
+    rewritten = io.BytesIO()  # a sound Parquet file with another value under the old digest
+    original = pq.read_table(entry)
+    pq.write_table(original.set_column(0, original.schema.field(0), pa.array([9])), rewritten)
+    damaged = {
+        "flipped": bytes(content),
+        "truncated": bytes(content[:-9]),
+        "emptied": b"",
+        "rewritten": rewritten.getvalue(),
+    }[how]
     entry.write_bytes(damaged)
     with pytest.raises(DamagedFileError):
         tables.read(job.output["cell"])  # the same file

@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ import projects
 import pytest
 import yaml
 from selfrepair.errors import InputError
-from selfrepair.planning import config, config_schema, templates
+from selfrepair.planning import config, config_loading, config_schema, templates
 
 REPOSITORY = Path(__file__).parents[2]
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -23,7 +24,7 @@ def message(root, change):
     values = projects.raw()
     change(values)
     with pytest.raises(InputError) as caught:
-        config.load(values, root, "my.yaml")
+        config_loading.load_config(values, root, "my.yaml")
     return str(caught.value)
 
 
@@ -184,7 +185,7 @@ def test_wrong_values(root, change, facts):
     has(message(root, change), "my.yaml: ", "What to do: ", *facts)
 
 
-@pytest.mark.parametrize("name", ["Demo", "a b", "-a", ".a", "a/b", "a_b", "é", ""])
+@pytest.mark.parametrize("name", ["Demo", "a b", "-a", ".a", "a/b", "a_b", "é", "", "a\n"])
 def test_names_must_fit_into_paths(root, name):
     def change(raw):
         raw["models"][name] = raw["models"]["demo"]
@@ -218,9 +219,86 @@ def test_key_that_is_twice_in_a_file(root, tmp_path):
     text = yaml.safe_dump(projects.raw())
     file.write_text(text + "runtime:\n  rows: 3\n  worker: on\n  rows: 4\n")
     with pytest.raises(InputError) as caught:
-        config.load(yaml.safe_load(file.read_text()), root, sources=[file])
+        config_loading.load_config(yaml.safe_load(file.read_text()), root, sources=[file])
     line = text.count("\n") + 2
     has(str(caught.value), "twice.yaml: runtime.rows", f"twice, on lines {line} and {line + 2}")
+
+
+def load_text(root, text):
+    """Load a configuration file with the content `text`."""
+    file = root / "my.yaml"
+    file.write_text(text)
+    return config_loading.load_file(file, root)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "reason"),
+    [
+        ("models:\n  demo: {path: x\n", "line 3, column 1", "flow mapping"),
+        ("models:\n\tdemo: 1\n", "line 2, column 1", "cannot start any token"),
+        ("a: b: c\n", "line 1, column 5", "mapping values are not allowed"),
+        ("a: *nothing\n", "line 1, column 4", "undefined alias"),
+        ("a: [\x07]\n", "offset 4", "a character that YAML does not allow"),
+    ],
+)
+def test_a_syntax_error_names_line_and_column(root, text, place, reason):
+    with pytest.raises(InputError) as caught:
+        load_text(root, text)
+    has(str(caught.value), f"my.yaml, {place}: ", reason, "What to do: ")
+
+
+def test_a_file_that_is_no_text_or_not_there(root):
+    (root / "my.yaml").write_bytes(b"a: \xff\n")
+    for name, fact in (
+        ("my.yaml", "is not UTF-8: byte 0xff at offset 3"),
+        ("no.yaml", "cannot be read (No such"),
+    ):
+        with pytest.raises(InputError, match=re.escape(fact)):
+            config_loading.load_file(root / name, root)
+
+
+def test_a_problem_names_the_line_of_its_key(root):
+    values = projects.raw()
+    values["experiments"]["grid"] |= {"draws": 0, "sampels": 3}
+    text = yaml.safe_dump(values, sort_keys=False)
+    with pytest.raises(InputError) as caught:
+        load_text(root, text)
+    lines = {key: text[: text.index(key)].count("\n") + 1 for key in ("draws:", "sampels:")}
+    has(str(caught.value), f"line {lines['draws:']}: experiments.grid.draws: must be")
+    has(str(caught.value), f"line {lines['sampels:']}: experiments.grid.sampels: unknown")
+
+
+def test_a_missing_key_names_the_line_of_its_block(root):
+    text = """
+      models:
+        demo: {}
+      datasets: {a: {path: x}}
+      experiments: {e: {models: [demo], datasets: [a]}}
+    """
+    with pytest.raises(InputError, match=r"my.yaml, line 3: models.demo: the key 'path' is missing"):
+        load_text(root, text)
+
+
+@pytest.mark.parametrize(
+    "path", ["models/demo", "./models/demo", "models//demo/", "data/../models/demo", "ABSOLUTE"]
+)
+def test_spellings_of_a_path_are_one_model(root, path):
+    values = projects.raw()
+    values["models"]["demo"]["path"] = str(root / "models" / "demo") if path == "ABSOLUTE" else path
+    assert projects.load(root, values).models["demo"].spec["path"] == "models/demo"
+
+
+def test_a_tilde_is_the_home_directory(root, monkeypatch, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(root / "models" / "demo", home / "demo")
+    (home / "texts.txt").write_text("a\n")
+    monkeypatch.setenv("HOME", str(home))
+    values = projects.raw()
+    values["models"]["demo"]["path"] = "~/demo"
+    values["datasets"]["python"]["path"] = "~/texts.txt"
+    loaded = projects.load(root, values)
+    assert loaded.models["demo"].location == str(home / "demo")
+    assert loaded.datasets["python"].location == str(home / "texts.txt")
 
 
 # ---------------------------------------------------------------------------------------------- cross-checks
@@ -335,14 +413,16 @@ def test_hub_id_with_commit_or_tag(root, revision):
 )
 def test_missing_model_directory_is_not_looked_up_on_the_hub(root, path):
     text = message(root, model_path(path))
-    has(text, f"models.demo.path: {path}: there is no such directory")
+    plain = os.path.normpath(os.path.expanduser(path))
+    has(text, f"models.demo.path: {plain}: there is no such directory")
     assert "Hugging Face" not in text
 
 
 @pytest.mark.parametrize("path", ["data/pyhton", "texts.txt", "x/texts.jsonl", "./a"])
 def test_missing_data_file_is_not_looked_up_on_the_hub(root, path):
     text = message(root, data_path(path))
-    has(text, f"datasets.python.path: there is no file '{path}'", f"Relative paths start at {root}")
+    plain = os.path.normpath(path)
+    has(text, f"datasets.python.path: there is no file '{plain}'", f"Relative paths start at {root}")
     assert "Hugging Face" not in text
 
 
@@ -446,7 +526,7 @@ def test_shipped_configurations_load(file, tmp_path):
     for model in values["models"].values():
         if model["path"].startswith("workflow/"):
             projects.model(tmp_path / model["path"])
-    loaded = config.load(values, tmp_path, file.name, sources=[file])
+    loaded = config_loading.load_config(values, tmp_path, file.name, sources=[file])
     assert loaded.experiments
     for model in loaded.models.values():
         assert model.local or re.fullmatch("[0-9a-f]{40}", model.revision)

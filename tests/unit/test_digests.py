@@ -26,8 +26,8 @@ def fresh_process(monkeypatch):
 def hashed(monkeypatch):
     """The names of the files that are really read, as they are."""
     names = []
-    real = digests._hash
-    monkeypatch.setattr(digests, "_hash", lambda path: names.append(path.name) or real(path))
+    real = digests.contents.file_sha256
+    monkeypatch.setattr(digests.contents, "file_sha256", lambda path: names.append(path.name) or real(path))
     return names
 
 

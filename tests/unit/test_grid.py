@@ -5,8 +5,8 @@ import projects
 import pytest
 import yaml
 from selfrepair.errors import InputError
-from selfrepair.planning import config, grid
-from selfrepair.storage import checkpoints as modelfiles
+from selfrepair.planning import config_loading, grid
+from selfrepair.storage import checkpoints
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def root(tmp_path):
 def loaded(root, **changes):
     values = projects.raw()
     values["experiments"]["grid"].update(changes)
-    return config.load(values, root)
+    return config_loading.load_config(values, root)
 
 
 def test_replace_is_one_ablation_per_dataset_and_the_control_comes_last(root):
@@ -53,7 +53,7 @@ def test_all_layers_are_those_of_each_model(root):
     values = projects.raw()
     values["models"]["small"] = {"path": "models/small"}
     values["experiments"]["grid"].update(models=["demo", "small"], ablations=["zero"], datasets=["python"])
-    cells = list(grid.cells(config.load(values, root)))
+    cells = list(grid.cells(config_loading.load_config(values, root)))
     assert [cell.layer for cell in cells if cell.model == "demo" and cell.ablation == "self"] == list(
         range(8)
     )
@@ -82,13 +82,13 @@ def test_replacement_dataset():
     ],
 )
 def test_number_of_layers_by_any_of_its_names(settings):
-    assert modelfiles.layers_of(settings) == 5
+    assert checkpoints.layers_of(settings) == 5
 
 
 def test_number_of_positions_by_any_of_its_names():
-    assert modelfiles.positions_of({"n_positions": 9}) == 9
-    assert modelfiles.positions_of({"text_config": {"max_position_embeddings": 8}}) == 8
-    assert modelfiles.positions_of({"model_type": "bloom"}) is None
+    assert checkpoints.positions_of({"n_positions": 9}) == 9
+    assert checkpoints.positions_of({"text_config": {"max_position_embeddings": 8}}) == 8
+    assert checkpoints.positions_of({"model_type": "bloom"}) is None
 
 
 def test_paths_are_the_contracts():
@@ -124,10 +124,10 @@ def test_no_cell_reads_a_file(root, monkeypatch):
       experiments:
         grid: {models: [deep], datasets: [a, b], ablations: [zero, mean, random, gaussian, noise, replace]}
     """
-    values = config.load(yaml.safe_load(text), root)
+    values = config_loading.load_config(yaml.safe_load(text), root)
     reads = []
-    read = modelfiles.model_config
-    monkeypatch.setattr(modelfiles, "model_config", lambda *of: reads.append(of) or read(*of))
+    read = checkpoints.model_config
+    monkeypatch.setattr(checkpoints, "model_config", lambda *of: reads.append(of) or read(*of))
     start = time.perf_counter()
     count = 0
     for cell in grid.cells(values):
@@ -158,13 +158,13 @@ def hub_cache(tmp_path, monkeypatch, files):
 @pytest.mark.parametrize("revision", ["v1", "c" * 40])
 def test_number_of_layers_of_a_hub_model_in_the_cache(tmp_path, monkeypatch, revision):
     hub_cache(tmp_path, monkeypatch, {"config.json": '{"n_layer": 6}'})
-    assert modelfiles.n_layers("org/tiny", revision) == 6
+    assert checkpoints.n_layers("org/tiny", revision) == 6
 
 
 def test_hub_model_that_is_not_in_the_cache(tmp_path, monkeypatch):
     hub_cache(tmp_path, monkeypatch, {})
     with pytest.raises(InputError) as caught:
-        modelfiles.n_layers("org/other", "v1")
+        checkpoints.n_layers("org/other", "v1")
     for fact in ("org/other@v1: is not in the local cache", "HF_HUB_OFFLINE", "hf download"):
         assert fact in str(caught.value)
 
@@ -185,6 +185,6 @@ def test_what_a_failed_download_means(name, fact):
     from huggingface_hub import errors
 
     kind = getattr(errors, name)
-    error = modelfiles.hub_error(kind.__new__(kind), "org/tiny", "v1", "model")
+    error = checkpoints.hub_error(kind.__new__(kind), "org/tiny", "v1", "model")
     assert error.where == "org/tiny@v1"
     assert fact in f"{error.what} {error.remedy}"

@@ -6,7 +6,7 @@ import torch
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import std
 from selfrepair.jobs.stages.std import Moments
-from selfrepair.storage import tensors as store
+from selfrepair.storage import tensors
 
 LAYERS, WIDTH = 3, 5
 DATASETS = {"small": 2, "large": 9, "one": 1}  # stored prompts
@@ -19,14 +19,14 @@ def files(request, tmp_path):
     found = {}
     for dataset, prompts in DATASETS.items():
         for layer in range(LAYERS):
-            tensors = {
+            arrays = {
                 component: 100.0 * layer
                 + 10.0 ** generator.integers(-2, 3) * generator.normal(size=(prompts, *request.param, WIDTH))
                 for component in ("attn", "mlp")
             }
             path = tmp_path / dataset / f"layer={layer}.safetensors"
-            store.write(path, {name: torch.from_numpy(x) for name, x in tensors.items()}, {})
-            found[dataset, layer] = (path, tensors)
+            tensors.write(path, {name: torch.from_numpy(x) for name, x in arrays.items()}, {})
+            found[dataset, layer] = (path, arrays)
     return found
 
 
@@ -34,7 +34,7 @@ def test_stage_against_numpy(files, tmp_path):
     paths = [str(files[dataset, layer][0]) for dataset in DATASETS for layer in range(LAYERS)]
     params = {"datasets": list(DATASETS), "layers": LAYERS}
     std.run(Job("std", {"layers": paths}, {"std": str(tmp_path / "std.safetensors")}, params), None)
-    found = store.read(tmp_path / "std.safetensors")
+    found = tensors.read(tmp_path / "std.safetensors")
     for layer in range(LAYERS):
         for component in ("attn", "mlp"):
             pooled = np.concatenate(

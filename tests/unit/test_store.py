@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from selfrepair.errors import DamagedFileError
-from selfrepair.storage import tensors as store
+from selfrepair.storage import tensors
 
 TENSORS = {
     "attn": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4).to(torch.bfloat16),
@@ -19,16 +19,16 @@ METADATA = {"layer": 3, "adapter": {"kind": "RMS norm", "layers": [0, 1]}, "revi
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "deep" / "layer=3.safetensors"
-    store.write(file, TENSORS, METADATA)
+    tensors.write(file, TENSORS, METADATA)
     return file
 
 
 def test_round_trip(path):
-    found = store.read(path)
+    found = tensors.read(path)
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    assert {key: store.read_metadata(path)[key] for key in METADATA} == METADATA
+    assert {key: tensors.read_metadata(path)[key] for key in METADATA} == METADATA
 
 
 def test_other_programs_read_it(path):
@@ -37,12 +37,12 @@ def test_other_programs_read_it(path):
 
 def test_strided_tensors_are_stored_by_value(path):
     tensor = torch.arange(12.0).reshape(3, 4).T[::2]
-    store.write(path, {"x": tensor}, {})
-    assert torch.equal(store.read(path)["x"], tensor)
+    tensors.write(path, {"x": tensor}, {})
+    assert torch.equal(tensors.read(path)["x"], tensor)
 
 
 def test_nothing_is_left_beside_it(path):
-    store.write(path, TENSORS, METADATA)
+    tensors.write(path, TENSORS, METADATA)
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
@@ -55,7 +55,7 @@ def test_every_bit_of_the_values_counts(path):
             broken[place] ^= 1 << bit
             path.write_bytes(broken)
             with pytest.raises(DamagedFileError, match="not what was written") as caught:
-                store.read(path)
+                tensors.read(path)
             assert f"rm '{path}'" in str(caught.value)
 
 
@@ -63,29 +63,29 @@ def test_every_bit_of_the_values_counts(path):
 def test_truncated(path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DamagedFileError, match=r"cannot be read as safetensors|not what was written"):
-        store.read(path)
+        tensors.read(path)
 
 
 def test_changed_metadata_is_noticed(path):
-    tensors = load_file(path)
-    with store.safe_open(path, framework="pt") as file:
+    values = load_file(path)
+    with tensors.safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
     metadata["hydra_effect.layer"] = json.dumps(4)
-    save_file(tensors, path, metadata=metadata)
+    save_file(values, path, metadata=metadata)
     with pytest.raises(DamagedFileError):
-        store.read(path)
+        tensors.read(path)
 
 
 def test_a_file_of_someone_else_is_not_taken_for_ours(tmp_path):
     save_file({"attn": torch.ones(2)}, tmp_path / "x.safetensors")
     with pytest.raises(DamagedFileError):
-        store.read(tmp_path / "x.safetensors")
+        tensors.read(tmp_path / "x.safetensors")
 
 
 def test_names_and_shapes_are_content():
-    one = store.content_digest({"a": torch.zeros(2, 3)}, {})
-    assert one != store.content_digest({"b": torch.zeros(2, 3)}, {})
-    assert one != store.content_digest({"a": torch.zeros(3, 2)}, {})
-    assert one != store.content_digest({"a": torch.zeros(2, 3, dtype=torch.int32)}, {})
-    assert one != store.content_digest({"a": torch.zeros(2, 3)}, {"x": "1"})
-    assert one == store.content_digest({"a": torch.zeros(3, 2).T}, {})
+    one = tensors.content_digest({"a": torch.zeros(2, 3)}, {})
+    assert one != tensors.content_digest({"b": torch.zeros(2, 3)}, {})
+    assert one != tensors.content_digest({"a": torch.zeros(3, 2)}, {})
+    assert one != tensors.content_digest({"a": torch.zeros(2, 3, dtype=torch.int32)}, {})
+    assert one != tensors.content_digest({"a": torch.zeros(2, 3)}, {"x": "1"})
+    assert one == tensors.content_digest({"a": torch.zeros(3, 2).T}, {})

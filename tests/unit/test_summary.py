@@ -16,7 +16,7 @@ from selfrepair.effects.columns import EFFECT_COLUMNS, EFFECTS
 from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import summary as stage
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 
 PLAN = synthetic.Plan(
     datasets=("facts", "python"), ablations=("zero", "noise", "replace"), layers=4, prompts=9, draws=3
@@ -54,7 +54,7 @@ def spoil(path, change):
     table, metadata = tables.read(path), tables.read_metadata(path)
     columns = {name: table[name].to_pylist() for name in table.column_names}
     change(columns)
-    schema = EFFECTS if "ablation" in columns else tables.CLEAN
+    schema = EFFECTS if "ablation" in columns else schemas.CLEAN
     kept = {k: v for k, v in metadata.items() if k not in ("content_sha256", "schema_version")}
     tables.write(path, columns, schema, kept)
 

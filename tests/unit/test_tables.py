@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from selfrepair.effects.columns import EFFECTS
 from selfrepair.errors import DamagedFileError
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 
 COLUMNS = {
     "prompt": [3, 1, 2],
@@ -20,14 +20,14 @@ FACTS = {"experiment": "e", "config": {"seed": 0, "layers": [1, 2]}, "nothing": 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    tables.write(tmp_path / "tokens.parquet", COLUMNS, tables.TOKENS, FACTS)
+    tables.write(tmp_path / "tokens.parquet", COLUMNS, schemas.TOKENS, FACTS)
     return tmp_path / "tokens.parquet"
 
 
 def test_what_is_read_is_what_was_written(path: Path) -> None:
     table = tables.read(path)
     assert table.to_pydict() == COLUMNS
-    assert table.schema.equals(tables.TOKENS)
+    assert table.schema.equals(schemas.TOKENS)
     stated = tables.read_metadata(path)
     assert stated == {**FACTS, "schema_version": "2", "content_sha256": stated["content_sha256"]}
     assert pq.read_schema(path).metadata[b"hydra_effect.experiment"] == b'"e"'  # for readers elsewhere
@@ -54,7 +54,7 @@ def test_effects_of_a_partitioned_path_keep_their_own_columns(tmp_path: Path) ->
 def test_columns_must_be_the_schemas(tmp_path: Path) -> None:
     for columns in ({**COLUMNS, "more": [1, 2, 3]}, {k: v for k, v in COLUMNS.items() if k != "text"}):
         with pytest.raises(ValueError, match=r"more|text"):
-            tables.write(tmp_path / "x.parquet", columns, tables.TOKENS, {})
+            tables.write(tmp_path / "x.parquet", columns, schemas.TOKENS, {})
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ from selfrepair.planning import config, digests
 from selfrepair.prompts import tokenization
 from selfrepair.prompts.readers import Prompt
 from selfrepair.prompts.tokenization import Selection, Specials
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 from tiny_tokenizers import WORDS, word_id
 
 
@@ -257,7 +257,7 @@ FACTS = [{"text": f"w{n} w{n + 1}", "answer": f"w{n + 2} w{n + 3}"} for n in ran
 
 def test_the_table(project):
     table = run(project, [*FACTS, FACTS[0]], fields={"answer": "answer"})
-    assert table.schema.remove_metadata().equals(tables.TOKENS)
+    assert table.schema.remove_metadata().equals(schemas.TOKENS)
     rows = table.to_pylist()
     assert [row["split"] for row in rows] == ["source"] * 3 + ["store"] * 2
     assert len({row["text"] for row in rows}) == 5

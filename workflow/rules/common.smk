@@ -1,46 +1,23 @@
-# The configuration, checked, and what all rules share. No job reads `config`: what shapes a result is in `spec`.
+# The checked configuration as PLAN, and the helpers of all rules. No job reads `config`: a rule's `spec` holds
+# every value that shapes its result.
 
 import functools
 import re
 import sys
 from pathlib import Path
 
-import yaml
 from snakemake.utils import update_config
 
 # Not `import workflow...`: that would replace Snakemake's own `workflow`.
 sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
-from selfrepair.planning import grid
-from selfrepair.jobs import lifeline
-from selfrepair.planning import runlock, startup
-from selfrepair.planning import config as configuration
 from selfrepair.errors import InputError
-from selfrepair.planning.plan import Plan
+from selfrepair.jobs import lifeline
 from selfrepair.jobs.worker import keeper
+from selfrepair.planning import grid, runlock, startup
 
-
-def typed(value):
-    # Within braces, `--config` gives every value as text: `experiments={facts: {seed: 1}}`.
-    if isinstance(value, dict):
-        return {key: typed(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [typed(inner) for inner in value]
-    return yaml.safe_load(value) if isinstance(value, str) else value
-
-
-def plan_of_this_run():
-    update_config(config, typed(workflow.config_settings.config))
-    files = [str(path) for path in workflow.overwrite_configfiles] or ["config.yaml"]
-    try:
-        plan = Plan(configuration.load(config, Path("."), ", ".join(files)))
-        plan.targets()  # asks every model for its number of layers
-    except InputError as error:
-        sys.exit(f"Error: {error}")
-    return plan
-
-
-PLAN = plan_of_this_run()
+update_config(config, startup.parse_overrides(workflow.config_settings.config))
+PLAN = startup.load_plan(config, workflow.overwrite_configfiles or ["config.yaml"])
 
 
 lifeline.announce_run()
@@ -63,8 +40,8 @@ wildcard_constraints:
 
 
 def runtime(wildcards, resources):
-    # Snakemake leaves parameters that ask for `resources` out of its comparison with the last run: device,
-    # worker and rows may change without rerunning anything. Nothing that shapes a result may be given so.
+    # Snakemake does not compare parameters that ask for `resources` with the last run: device, worker and rows
+    # may change without rerunning anything. A value that shapes a result must not be passed this way.
     return PLAN.runtime(wildcards)
 
 
@@ -86,7 +63,7 @@ def priority(stage):
     return functools.partial(PLAN.priority, stage=stage)
 
 
-# What a batch system is asked for; more after each failure. Nothing reruns when these change.
+# Requests to a batch system; larger after each failure. Nothing reruns when these change.
 def memory_mb(wildcards, attempt):
     return PLAN.memory_mb(wildcards, attempt)
 
@@ -95,29 +72,21 @@ def minutes(stage):
     return lambda wildcards, attempt: PLAN.minutes(wildcards, attempt, stage)
 
 
-def without_timers():
-    # Snakemake's limit of 100 submissions per second sets a timer whenever it looks for jobs, for one more look a
-    # second later, which sets the next. With hundreds of cells waiting it ends up looking without a pause, which
-    # takes a processor from the arithmetic. No option turns the limit off. Batch systems keep it: it is for them.
-    if workflow.local_exec and hasattr(workflow.scheduler, "job_rate_limiter"):
-        workflow.scheduler.job_rate_limiter = None
-
-
 # Before the first job of a run; not for dry runs, and not in the Snakemakes that executors start.
 onstart:
-    without_timers()
+    startup.disable_submission_timers(workflow)
     try:
-        runlock.hold(Path(grid.RESULTS) / experiment for experiment in PLAN.config.experiments)
+        runlock.acquire_run_lock(Path(grid.RESULTS) / experiment for experiment in PLAN.config.experiments)
     except InputError as error:
         sys.exit(f"Error: {error}")
     for name in startup.fix_future_timestamps(PLAN.intermediates()):
-        print(f"Warning: {name} was dated in the future; it is dated to now.", file=sys.stderr)
+        print(f"Warning: {name} was dated in the future; its date is now the present.", file=sys.stderr)
 
 
 onerror:
     print(
-        "\nWhat to do: each failed job is named above, with its output, its log and the log's content. Mend "
-        "what they say and run the same command again: what is finished is kept, and a job whose log is empty "
-        "was killed from outside. `--keep-going` finishes all that does not depend on what failed.",
+        "\nWhat to do: each failed job is named above, with its output, its log and the log's content. Fix "
+        "the cause and run the same command again: finished work is kept. A job whose log is empty was killed "
+        "from outside. `--keep-going` finishes everything that does not depend on the failed jobs.",
         file=sys.stderr,
     )

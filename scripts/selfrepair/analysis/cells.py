@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from selfrepair.effects import columns
 from selfrepair.errors import DamagedFileError, InputError
-from selfrepair.storage import tables
+from selfrepair.storage import schemas, tables
 
 Floats = NDArray[np.float32]
 CONTRIBUTIONS = ("attn", "mlp")
@@ -104,7 +104,7 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
 
 def read_clean(path: str | os.PathLike[str]) -> pa.Table:
     """Read one clean table, verified; its numbers must be finite and its rows of one source."""
-    table = _verified(path, tables.CLEAN)
+    table = _verified(path, schemas.CLEAN)
     if not len(table):
         raise _damaged(path, "it has no rows")
     for name in _KEYS[:3]:

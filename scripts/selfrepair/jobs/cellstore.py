@@ -16,11 +16,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from selfrepair.errors import DamagedFileError
 from selfrepair.jobs.job import Job
 from selfrepair.storage.atomic import remove_leftovers, replacing
+from selfrepair.storage.contents import combine_digests, content_of
 
 _log = logging.getLogger("selfrepair")
 
@@ -66,46 +66,9 @@ def cell_key(job: Job) -> str:
 def input_digests(job: Job) -> dict[str, str]:
     """Name of each input -> the digest of its content; of a list, one over those of its files."""
     return {
-        name: content_of(value) if isinstance(value, str) else together(map(content_of, value))
+        name: content_of(value) if isinstance(value, str) else combine_digests(map(content_of, value))
         for name, value in job.input.items()
     }
-
-
-def together(digests: Iterable[str]) -> str:
-    """One digest for many, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-
-
-def content_of(path: str) -> str:
-    """The digest of a file's content: the one it states, or the one it has if it states none."""
-    if path.endswith(".parquet"):
-        from selfrepair.storage import tables
-
-        stated = tables.read_metadata(path).get("content_sha256")
-    elif path.endswith(".safetensors"):
-        stated = safetensors_metadata(path).get("content_sha256")
-    else:
-        stated = None
-    if stated is not None:
-        return str(stated)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def safetensors_metadata(path: str) -> dict[str, Any]:
-    """The free-form part of a safetensors header. Raises DamagedFileError if there is no sound header."""
-    with open(path, "rb") as file:
-        try:
-            size = int.from_bytes(file.read(8), "little")
-            if size > os.path.getsize(path):
-                raise ValueError("truncated")
-            return json.loads(file.read(size)).get("__metadata__", {})
-        except (ValueError, AttributeError) as error:
-            raise DamagedFileError(
-                f"is no safetensors file ({error})",
-                where=path,
-                remedy=f"delete it (rm '{path}') and run the same command again.",
-            ) from error
 
 
 def check(entry: Path) -> None:

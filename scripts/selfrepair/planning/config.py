@@ -1,21 +1,45 @@
-"""The configuration as the rest of the package sees it: checked, complete and immutable."""
+"""The types of the configuration. `config_loading.load_config` builds them from a checked YAML file."""
 
-from collections.abc import Iterable, Mapping
+import os.path
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfrepair.errors import InputError
-from selfrepair.planning import config_checks, config_schema
-from selfrepair.planning.config_schema import Problem
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")  # formats that prompts.readers reads
+
+
+def is_local(path: str, root: Path) -> bool:
+    """Return whether `path` means a file or directory below `root` rather than a Hugging Face id.
+
+    It does if the path exists, if no hub id can look like it, or if its parent directory exists: a mistyped local
+    path must not be looked up on the hub.
+    """
+    if path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1 or path.endswith("/"):
+        return True
+    if path.lower().endswith((*DATA_SUFFIXES, ".safetensors")) or (root / path).exists():
+        return True
+    parent = Path(path).parent
+    return parent != Path(".") and (root / parent).is_dir()
+
+
+def normalized(path: str, root: Path) -> str:
+    """Return a local path in one spelling: `~` expanded, no `./`, and relative to `root` where it lies below it.
+
+    Two spellings of a path would be two models with results of their own.
+    """
+    plain = os.path.normpath(os.path.expanduser(path))
+    base = os.path.abspath(root)
+    inside = os.path.isabs(plain) and Path(plain).is_relative_to(base)
+    return os.path.relpath(plain, base) if inside else plain
 
 
 @dataclass(frozen=True)
 class Model:
-    """A language model: a local directory or a Hugging Face id at a revision."""
+    """A language model: a local directory, or a Hugging Face id at a revision."""
 
     name: str
-    path: str  # as written: relative to `root`, absolute, or a hub id
+    path: str  # relative to `root`, absolute, or a hub id
     revision: str | None
     dtype: str
     device: str
@@ -24,21 +48,21 @@ class Model:
 
     @property
     def location(self) -> str:
-        """What loaders take: the directory's full path, or the hub id."""
+        """The argument for loaders: the full path of the directory, or the hub id."""
         return str(self.root / self.path) if self.local else self.path
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What of a model shapes results (its device does not), JSON-ready, for the params of a job."""
+        """The fields that shape results, as JSON for the params of a job. The device does not shape results."""
         return {"path": self.path, "revision": self.revision, "dtype": self.dtype}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A set of prompts: a local file or a Hugging Face data set, and which of its fields to use."""
+    """A set of prompts: a local file or a Hugging Face data set, and the fields to use."""
 
     name: str
-    path: str  # as written
+    path: str  # relative to `root`, absolute, or a hub id
     text: str
     answer: str | None
     subject: str | None
@@ -50,12 +74,12 @@ class Dataset:
 
     @property
     def location(self) -> str:
-        """What readers take: the file's full path, or the hub id."""
+        """The argument for readers: the full path of the file, or the hub id."""
         return str(self.root / self.path) if self.local else self.path
 
     @property
     def spec(self) -> dict[str, Any]:
-        """The data set's part of a job's params, JSON-ready; `Dataset.from_spec` is the inverse."""
+        """The data set's part of a job's params, as JSON. `Dataset.from_spec` is the inverse."""
         return {
             "path": self.path,
             "text": self.text,
@@ -68,12 +92,13 @@ class Dataset:
 
     @classmethod
     def from_spec(cls, name: str, spec: Mapping[str, Any], root: str | Path = ".") -> "Dataset":
-        """A data set called `name` from the configuration's keys, with paths relative to `root`."""
+        """Return the data set `name` from the configuration's keys, with relative paths starting at `root`."""
         values = {"text": "text", **spec}
         root = Path(root)
+        local = is_local(values["path"], root)
         return cls(
             name=name,
-            path=values["path"],
+            path=normalized(values["path"], root) if local else values["path"],
             text=values["text"],
             answer=values.get("answer"),
             subject=values.get("subject"),
@@ -81,13 +106,13 @@ class Dataset:
             split=values.get("split"),
             subset=values.get("name"),
             root=root,
-            local=config_checks.is_local(values["path"], root),
+            local=local,
         )
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One grid of cells; field by field what `experiments.NAME` of the configuration holds."""
+    """One grid of cells: the fields of `experiments.NAME` in the configuration."""
 
     name: str
     models: tuple[str, ...]
@@ -96,7 +121,7 @@ class Experiment:
     length: int | None
     samples: int
     store: int
-    ablations: tuple[str, ...]  # as written: `replace` is expanded by selfrepair.planning.grid.ablations
+    ablations: tuple[str, ...]  # as written; planning.ablations expands `replace`
     components: tuple[str, ...]
     layers: tuple[int, ...] | None  # None = all
     draws: int
@@ -106,7 +131,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Runtime:
-    """How the work is done: no result depends on it."""
+    """How the work is done. These settings rerun nothing; `rows` changes results by rounding only (about 1e-5)."""
 
     worker: bool
     idle_seconds: float
@@ -121,75 +146,3 @@ class Config:
     datasets: dict[str, Dataset]
     experiments: dict[str, Experiment]
     runtime: Runtime
-
-
-def load(
-    raw: Mapping[str, Any], root: str | Path, file: str = "config.yaml", sources: Iterable[str | Path] = ()
-) -> Config:
-    """Check the configuration `raw`, as YAML or Snakemake gave it, and fill in its defaults.
-
-    `root` is the directory that relative paths start from; `file` is named in messages. Looks at the files
-    the configuration names (they exist, the model is readable) but does not read prompts or weights.
-    `sources` are the YAML files that `raw` was read from: a key that is twice in one block of them is a
-    problem too, of which nothing is left in `raw`.
-
-    Raises InputError with every problem found, each with its key, and what to change.
-    """
-    for source in sources:
-        fail_on(config_schema.repeated_keys(source), str(source))
-    fail_on(config_schema.problems(raw), file)
-    config = _build(config_schema.with_defaults(raw), Path(root))
-    fail_on(config_checks.problems(config), file)
-    return config
-
-
-def fail_on(problems: Iterable[Problem], file: str) -> None:
-    """Raise one InputError that tells all `problems`; return if there are none."""
-    found = list(problems)
-    if not found:
-        return
-    if len(found) == 1:
-        problem = found[0]
-        raise InputError(problem.what, where=f"{file}: {problem.key}", remedy=problem.remedy)
-    lines = [f"{len(found)} problems"]
-    for problem in found:
-        lines += [f"  - {problem.key}: {problem.what}", f"    What to do: {problem.remedy}"]
-    raise InputError("\n".join(lines), where=file)
-
-
-def _build(values: Mapping[str, Any], root: Path) -> Config:
-    return Config(
-        models={
-            name: Model(name=name, root=root, local=config_checks.is_local(value["path"], root), **value)
-            for name, value in values["models"].items()
-        },
-        datasets={name: Dataset.from_spec(name, value, root) for name, value in values["datasets"].items()},
-        experiments={name: _experiment(name, value) for name, value in values["experiments"].items()},
-        runtime=_runtime(values["runtime"]),
-    )
-
-
-def _experiment(name: str, value: Mapping[str, Any]) -> Experiment:
-    return Experiment(
-        name=name,
-        models=tuple(value["models"]),
-        datasets=tuple(value["datasets"]),
-        positions=value["positions"],
-        length=None if value["length"] is None else int(value["length"]),
-        samples=int(value["samples"]),  # the schema lets 25.0 pass as a whole number
-        store=int(value["store"]),
-        ablations=tuple(value["ablations"]),
-        components=tuple(value["components"]),
-        layers=None if value["layers"] == "all" else tuple(sorted(int(layer) for layer in value["layers"])),
-        draws=int(value["draws"]),
-        target=value["target"],
-        seed=int(value["seed"]),
-    )
-
-
-def _runtime(value: Mapping[str, Any]) -> Runtime:
-    return Runtime(
-        worker=value["worker"] in (True, "on"),
-        idle_seconds=float(value["idle_seconds"]),
-        rows=None if value["rows"] == "auto" else int(value["rows"]),
-    )

@@ -3,18 +3,13 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from selfrepair.errors import InputError
 from selfrepair.planning import templates
-from selfrepair.planning.config_schema import Problem
+from selfrepair.planning.config import DATA_SUFFIXES, Config, Dataset, Experiment, Model
+from selfrepair.planning.config_yaml import Problem
 from selfrepair.planning.spelling import did_you_mean
-from selfrepair.storage import checkpoints as modelfiles
-
-if TYPE_CHECKING:
-    from selfrepair.planning.config import Config, Dataset, Experiment, Model
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".txt")  # of data sets; see selfrepair.prompts.readers
+from selfrepair.storage import checkpoints
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # These move: what they name today is not what they name tomorrow.
@@ -24,21 +19,7 @@ _COMMIT = (
 )
 
 
-def is_local(path: str, root: Path) -> bool:
-    """Whether `path` means a file or directory rather than a Hugging Face id.
-
-    It does if it is there, if no hub id can look like it, or if the folder it would lie in is there: a
-    mistyped local path must not be looked up on the hub.
-    """
-    if path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1 or path.endswith("/"):
-        return True
-    if path.lower().endswith((*SUFFIXES, ".safetensors")) or (root / path).exists():
-        return True
-    parent = Path(path).parent
-    return parent != Path(".") and (root / parent).is_dir()
-
-
-def problems(config: "Config") -> Iterator[Problem]:
+def problems(config: Config) -> Iterator[Problem]:
     """Everything wrong with a configuration whose form is right."""
     sound = set()  # models whose config.json can be asked for the number of layers
     for model in config.models.values():
@@ -52,7 +33,7 @@ def problems(config: "Config") -> Iterator[Problem]:
         yield from _experiment(experiment, config, sound)
 
 
-def _model(model: "Model") -> Iterator[Problem]:
+def _model(model: Model) -> Iterator[Problem]:
     key = f"models.{model.name}"
     if model.device == "mps":
         what = "'mps' has no float64, in which a model is checked before it is measured"
@@ -63,12 +44,12 @@ def _model(model: "Model") -> Iterator[Problem]:
     if model.revision is not None:
         yield _needless(f"{key}.revision", model.path, "directory")
     try:
-        modelfiles.check_directory(Path(model.location), shown=model.path)
+        checkpoints.check_directory(Path(model.location), shown=model.path)
     except InputError as error:
         yield Problem(f"{key}.path", f"{error.where}: {error.what}", error.remedy)
 
 
-def _dataset(dataset: "Dataset") -> Iterator[Problem]:
+def _dataset(dataset: Dataset) -> Iterator[Problem]:
     key = f"datasets.{dataset.name}"
     for name, field in (("text", dataset.text), ("answer", dataset.answer), ("subject", dataset.subject)):
         try:
@@ -91,8 +72,8 @@ def _dataset(dataset: "Dataset") -> Iterator[Problem]:
     elif not path.exists():
         remedy = f"correct the path, or put the file there. {_relative(dataset.root)}"
         yield Problem(f"{key}.path", f"there is no file '{dataset.path}'", remedy)
-    elif path.suffix.lower() not in SUFFIXES:
-        remedy = f"convert or rename it: read are {', '.join(SUFFIXES)}."
+    elif path.suffix.lower() not in DATA_SUFFIXES:
+        remedy = f"convert or rename it: read are {', '.join(DATA_SUFFIXES)}."
         yield Problem(f"{key}.path", f"'{dataset.path}' has a format that is not read", remedy)
 
 
@@ -119,7 +100,7 @@ def _relative(root: Path) -> str:
     return f"Relative paths start at {root.resolve()}."
 
 
-def _experiment(experiment: "Experiment", config: "Config", sound: set[str]) -> Iterator[Problem]:
+def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iterator[Problem]:
     key = f"experiments.{experiment.name}"
     for kind, names, known in (
         ("models", experiment.models, config.models),
@@ -147,7 +128,7 @@ def _experiment(experiment: "Experiment", config: "Config", sound: set[str]) -> 
             yield from _layers(key, experiment, config.models[name])
 
 
-def _ablations(key: str, experiment: "Experiment") -> Iterator[Problem]:
+def _ablations(key: str, experiment: Experiment) -> Iterator[Problem]:
     for place, ablation in enumerate(experiment.ablations):
         name = ablation.removeprefix("replace-")
         if ablation.startswith("replace-") and name not in experiment.datasets:
@@ -157,11 +138,11 @@ def _ablations(key: str, experiment: "Experiment") -> Iterator[Problem]:
             yield Problem(f"{key}.ablations[{place}]", what, remedy)
 
 
-def _layers(key: str, experiment: "Experiment", model: "Model") -> Iterator[Problem]:
+def _layers(key: str, experiment: Experiment, model: Model) -> Iterator[Problem]:
     if experiment.layers is None:
         return
     try:
-        count = modelfiles.n_layers(model.location, model.revision)
+        count = checkpoints.n_layers(model.location, model.revision)
     except InputError as error:
         yield Problem(f"models.{model.name}.path", f"{error.where}: {error.what}", error.remedy)
         return

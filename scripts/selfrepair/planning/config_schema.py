@@ -1,8 +1,7 @@
 """The configuration against its schema: problems in the user's words, and defaults."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from selfrepair.planning.config_yaml import Problem, dotted
 from selfrepair.planning.spelling import did_you_mean, nearest
 
 SCHEMA = Path(__file__).parents[3] / "workflow" / "schemas" / "config.schema.yaml"
@@ -23,15 +23,6 @@ _KINDS = {
     "null": "null",
     "boolean": "true or false",
 }
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with the configuration."""
-
-    key: str  # dotted path of the key
-    what: str
-    remedy: str
 
 
 @cache
@@ -49,28 +40,6 @@ def problems(raw: Any) -> list[Problem]:
     return [problem for error in errors for problem in _explain(error)]
 
 
-def repeated_keys(path: str | Path) -> list[Problem]:
-    """Keys that a YAML file has twice in one block, where YAML silently takes the last."""
-    root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    return [] if root is None else list(_repeated(root, ()))
-
-
-def _repeated(node: yaml.Node, path: tuple[Any, ...]) -> Iterator[Problem]:
-    if isinstance(node, yaml.SequenceNode):
-        for place, inner in enumerate(node.value):
-            yield from _repeated(inner, (*path, place))
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[str, int] = {}
-    for key, inner in node.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            what = f"the key is there twice, on lines {lines[key.value]} and {line}"
-            yield Problem(dotted((*path, key.value)), what, "rename or remove one of them.")
-        lines[key.value] = line
-        yield from _repeated(inner, (*path, key.value))
-
-
 def _unquoted_keys(value: Any, path: tuple[Any, ...]) -> Iterator[Problem]:
     if not isinstance(value, Mapping):
         return
@@ -82,14 +51,6 @@ def _unquoted_keys(value: Any, path: tuple[Any, ...]) -> Iterator[Problem]:
                 "put it in quotes (YAML reads bare on, off, yes, no and numbers as something else).",
             )
         yield from _unquoted_keys(inner, (*path, key))
-
-
-def dotted(path: Iterable[Any]) -> str:
-    """`experiments.facts.layers[2]` for the path (experiments, facts, layers, 2)."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) and not isinstance(part, bool) else f".{part}"
-    return text.lstrip(".") or "(top level)"
 
 
 def _explain(error: jsonschema.ValidationError) -> Iterator[Problem]:

@@ -16,8 +16,7 @@ from typing import Any
 from selfrepair.errors import InputError
 from selfrepair.planning.config import Dataset, Model
 from selfrepair.planning.grid import RESULTS
-from selfrepair.storage import atomic
-from selfrepair.storage import checkpoints as modelfiles
+from selfrepair.storage import atomic, checkpoints, contents
 
 CACHE = f"{RESULTS}/.cache/digests.json"
 
@@ -54,7 +53,7 @@ def model_digest(model: Model) -> str:
     if not model.local:
         return f"hub:{model.path}@{model.revision}"
     directory = Path(model.location)
-    files = [directory / "config.json", *modelfiles.weight_files(directory)]
+    files = [directory / "config.json", *checkpoints.weight_files(directory)]
     return f"sha256:{_together(_named(files, model.root))}"
 
 
@@ -65,7 +64,7 @@ def tokenizer_digest(model: Model) -> str:
     directory = Path(model.location)
     files = sorted({path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)})
     # transformers picks the tokenizer's class by these where the tokenizer's own files name none.
-    config = modelfiles.model_config(model.location)
+    config = checkpoints.model_config(model.location)
     kind = [config.get("model_type"), config.get("tokenizer_class")]
     return f"sha256:{_together({'': kind, **_named(files, model.root)})}"
 
@@ -91,7 +90,7 @@ def file_digest(path: Path, root: Path = Path(".")) -> str:
         known = _memory.get(key)
         if known is not None and known[0] == signature:
             return known[1]
-        digest = _hash(path)
+        digest = contents.file_sha256(path)
         if _signature(path) != signature:
             remedy = "let whatever writes the file finish, then run the same command again."
             raise InputError("was changed while it was being read", where=str(path), remedy=remedy)
@@ -107,11 +106,6 @@ def file_digest(path: Path, root: Path = Path(".")) -> str:
 def _signature(path: Path) -> list[int]:
     stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(cache: Path) -> dict[str, Any]:

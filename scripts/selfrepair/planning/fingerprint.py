@@ -25,12 +25,6 @@ def code_digest(modules: Iterable[str], package: Path = PACKAGE) -> str:
     return _digest(frozenset().union(*(import_closure(module, package) for module in modules)), package)
 
 
-def package_digest(package: Path = PACKAGE) -> str:
-    """SHA-256 over the logic of every module of `package`."""
-    names = (path.relative_to(package.parent).with_suffix("").parts for path in package.rglob("*.py"))
-    return _digest(frozenset(".".join(p[:-1] if p[-1] == "__init__" else p) for p in names), package)
-
-
 def import_closure(module: str, package: Path = PACKAGE) -> frozenset[str]:
     """Every module of `package` that importing and running `module` may import, itself included.
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 from selfrepair.planning.config import Config, Experiment, Model
-from selfrepair.storage import checkpoints as modelfiles
+from selfrepair.storage import checkpoints
 
 RESULTS = "results"
 CONTROL = "self"
@@ -29,7 +29,7 @@ class Cell(NamedTuple):
 @cache
 def n_layers(model: Model) -> int:
     """Number of layers L of a model, from its config.json (fetched once for a hub id)."""
-    return modelfiles.n_layers(model.location, model.revision)
+    return checkpoints.n_layers(model.location, model.revision)
 
 
 @cache

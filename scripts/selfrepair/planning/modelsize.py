@@ -9,7 +9,7 @@ from typing import Any
 
 from selfrepair.planning import grid
 from selfrepair.planning.config import Model
-from selfrepair.storage import checkpoints as modelfiles
+from selfrepair.storage import checkpoints
 
 ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 _WIDTH = ("hidden_size", "n_embd", "d_model", "dim")
@@ -48,8 +48,8 @@ def size_of(model: Model) -> Size:
 
     Raises InputError if config.json or the weights' headers cannot be read.
     """
-    config = modelfiles.model_config(model.location, model.revision)
-    find = modelfiles.find_number
+    config = checkpoints.model_config(model.location, model.revision)
+    find = checkpoints.find_number
     width = find(config, _WIDTH) or 1024
     layers = grid.n_layers(model)
     vocabulary = find(config, ("vocab_size",)) or 50_000
@@ -72,7 +72,7 @@ def size_of(model: Model) -> Size:
 
 def _shapes(directory: Path) -> list[list[int]]:
     found = []
-    for file in modelfiles.weight_files(directory):
+    for file in checkpoints.weight_files(directory):
         with open(file, "rb") as weights:
             header: dict[str, Any] = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
         found += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]

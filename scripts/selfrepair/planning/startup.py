@@ -1,12 +1,46 @@
-"""What happens once in a run, before its first job."""
+"""What the Snakefile does once per run: read the configuration, and fix timestamps before the first job."""
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from selfrepair.errors import InputError
+from selfrepair.planning.config_loading import load_config
+from selfrepair.planning.plan import Plan
 
 _TOLERANCE_SECONDS = 2.0  # file systems round timestamps
+
+
+def load_plan(config: Mapping[str, Any], files: Iterable[str | Path]) -> Plan:
+    """Return the plan of a run: `config` as Snakemake merged it, read from the YAML `files`.
+
+    Prints the error and exits with status 1 if the configuration is wrong.
+    """
+    sources = [str(file) for file in files]
+    try:
+        plan = Plan(load_config(config, Path("."), ", ".join(sources), sources))
+        plan.targets()  # reads every model's config.json
+    except InputError as error:
+        sys.exit(f"Error: {error}")
+    return plan
+
+
+def parse_overrides(value: Any) -> Any:
+    """Return the values of `--config` with their YAML types.
+
+    Snakemake gives every value inside braces as text: `experiments={facts: {seed: 1}}` sets the seed to "1".
+    """
+    if isinstance(value, dict):
+        return {key: parse_overrides(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [parse_overrides(inner) for inner in value]
+    return yaml.safe_load(value) if isinstance(value, str) else value
 
 
 def fix_future_timestamps(files: Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -23,3 +57,14 @@ def fix_future_timestamps(files: Iterable[str | os.PathLike[str]]) -> list[str]:
                 os.utime(path)
                 fixed.append(str(path))
     return fixed
+
+
+def disable_submission_timers(workflow: Any) -> None:
+    """Turn off Snakemake's limit of 100 job submissions per second for a run without a batch system.
+
+    The limit sets a timer each time the scheduler looks for jobs, to look again a second later, which sets the next
+    timer. With hundreds of waiting cells the scheduler then looks without a pause and takes a processor from the
+    arithmetic. Snakemake 9.27 has no option for it.
+    """
+    if workflow.local_exec and hasattr(workflow.scheduler, "job_rate_limiter"):
+        workflow.scheduler.job_rate_limiter = None

@@ -13,7 +13,7 @@ from selfrepair.errors import InputError
 from selfrepair.planning import templates
 from selfrepair.planning.config import Dataset
 from selfrepair.planning.spelling import did_you_mean
-from selfrepair.storage import checkpoints as modelfiles
+from selfrepair.storage import checkpoints
 
 Record = dict[str, Any]
 
@@ -289,7 +289,7 @@ def _hub(dataset: Dataset) -> Iterator[Located]:
             dataset.path, repo_type="dataset", revision=dataset.revision
         )
     except Exception as error:
-        raise modelfiles.hub_error(error, dataset.path, dataset.revision, "data set") from error
+        raise checkpoints.hub_error(error, dataset.path, dataset.revision, "data set") from error
     key = f"datasets.{dataset.name}"
     try:
         # Streamed: no second copy in the cache of `datasets`. Loading scripts are not run by it.

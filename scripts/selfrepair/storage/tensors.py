@@ -1,4 +1,4 @@
-"""Activations on disk: safetensors with a content digest, written whole, checked on reading."""
+"""Safetensors files: written whole, with metadata and a content digest that every read checks."""
 
 import hashlib
 import json
@@ -11,12 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfrepair.errors import DamagedFileError
 from selfrepair.storage.atomic import replacing
+from selfrepair.storage.damage import damaged, require_file
+from selfrepair.storage.tables import PREFIX
 
 
 def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over names, types, shapes and values, and over the metadata."""
+    """Return the SHA-256 over `metadata` and the names, types, shapes and values of CPU tensors."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -26,9 +27,9 @@ def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors (moved to the CPU) and JSON metadata: temporary name, sync, rename."""
+    """Write tensors (copied to the CPU) and JSON `metadata` to a temporary name, sync it, and rename it to `path`."""
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    entries = {f"hydra_effect.{key}": json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    entries = {f"{PREFIX}{key}": json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     entries["content_sha256"] = content_digest(cpu, entries)
     with replacing(path) as temporary:
         save_file(cpu, temporary, metadata=entries)
@@ -36,7 +37,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
 
 
 def _sort_header(path: str | os.PathLike[str]) -> None:
-    """Put the entries of a safetensors header in order: the library's differs from process to process."""
+    """Sort the entries of a safetensors header: the library's order differs from process to process."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -47,34 +48,29 @@ def _sort_header(path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read all tensors of a file.
+    """Return all tensors of a file, on the CPU.
 
-    Raises DamagedFileError, naming the file and the remedy, if it does not hold what was written.
+    Raises FileNotFoundError, and DamagedFileError if the file is not safetensors, has no digest, or has changed.
     """
-    remedy = (
-        f"delete it (rm '{path}') and run the same command again: only what depends on it is computed anew."
-    )
+    require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, ValueError) as error:
-        raise DamagedFileError(
-            f"cannot be read as safetensors ({error})", where=str(path), remedy=remedy
-        ) from error
+        raise damaged(path, f"cannot be read as safetensors ({error})") from error
     stated = metadata.pop("content_sha256", None)
     if stated is None or stated != content_digest(tensors, metadata):
-        raise DamagedFileError("its contents are not what was written", where=str(path), remedy=remedy)
+        raise damaged(path, "its contents are not what was written")
     return tensors
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file's own metadata, without reading its tensors."""
+    """Return this workflow's metadata of a safetensors file without reading its tensors."""
     with safe_open(path, framework="pt") as file:
         entries = file.metadata() or {}
-    prefix = "hydra_effect."
     return {
-        key.removeprefix(prefix): json.loads(value)
+        key.removeprefix(PREFIX): json.loads(value)
         for key, value in entries.items()
-        if key.startswith(prefix)
+        if key.startswith(PREFIX)
     }

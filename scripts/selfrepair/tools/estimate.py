@@ -14,16 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from selfrepair.errors import InputError
-from selfrepair.planning import config as configuration
 from selfrepair.planning import grid
 from selfrepair.planning.config import Config, Dataset, Experiment, Model
+from selfrepair.planning.config_loading import load_file
 from selfrepair.planning.costs import Costs, costs
 from selfrepair.planning.modelsize import size_of
 from selfrepair.prompts import readers
-from selfrepair.storage import checkpoints as modelfiles
+from selfrepair.storage import checkpoints
 
 JOB_SECONDS = 0.25  # Snakemake, its script and the cell's file, beside the arithmetic; measured on two cores
 _CHARACTERS = 4.0  # of a token of English text
@@ -82,7 +80,7 @@ def _engine_speed(model: Model, positions: str, length: int, device: Any) -> flo
     from selfrepair.models.loading import wrap
     from selfrepair.prompts.prompt import Prompt
 
-    raw = modelfiles.model_config(model.location, model.revision)
+    raw = checkpoints.model_config(model.location, model.revision)
     vocabulary = 512
     raw |= {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     for name in ("num_hidden_layers", "n_layer", "num_layers"):
@@ -233,10 +231,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        raw = yaml.safe_load(given.configfile.read_text(encoding="utf-8"))
-        config = configuration.load(raw, Path("."), str(given.configfile))
+        config = load_file(given.configfile)
         warnings = report(config, given.device, not given.no_calibration)
-    except (InputError, OSError, yaml.YAMLError) as error:
+    except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     for warning in warnings:

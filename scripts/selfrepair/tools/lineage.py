@@ -17,9 +17,8 @@ from typing import Any
 import yaml
 
 from selfrepair.errors import DamagedFileError, InputError
-from selfrepair.jobs import cellstore
 from selfrepair.planning import grid
-from selfrepair.storage import tables
+from selfrepair.storage import contents, tables
 
 _SHOWN = ("versions", "engine", "device", "device_name", "dtype", "model_weights", "counts", "tokenizer")
 _FOLDERS = ("tokens", "clean", "activations", "effects", "figures")
@@ -66,7 +65,7 @@ def metadata(path: Path) -> dict[str, Any]:
     if path.suffix == ".parquet":
         return tables.read_metadata(path)
     if path.suffix == ".safetensors":
-        entries = cellstore.safetensors_metadata(str(path))
+        entries = contents.safetensors_metadata(str(path))
         return {
             key.removeprefix(tables.PREFIX): json.loads(value)
             for key, value in entries.items()
@@ -77,7 +76,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 def _state(path: Path) -> str:
     if path.suffix == ".safetensors":  # its digest is checked by whoever reads it; that takes torch
-        return f"contents {cellstore.content_of(str(path))}"
+        return f"contents {contents.content_of(str(path))}"
     try:
         stated = tables.metadata_of(tables.read(path).schema)["content_sha256"]
     except DamagedFileError as error:
@@ -134,7 +133,8 @@ def _inputs(inputs: Sequence[Path], stated: dict[str, str], root: Path) -> Itera
     """Each stated input with what became of it. Files are matched by digest, lists by that of their files."""
     now = {path: _digest(root / path) for path in inputs}
     lists = {
-        cellstore.together(now[path] or "" for path in paths): paths for paths in _by_kind(inputs).values()
+        contents.combine_digests(now[path] or "" for path in paths): paths
+        for paths in _by_kind(inputs).values()
     }
     for name, digest in stated.items():
         same = [str(path) for path, found in now.items() if found == digest]
@@ -152,7 +152,7 @@ def _inputs(inputs: Sequence[Path], stated: dict[str, str], root: Path) -> Itera
 
 def _digest(path: Path) -> str | None:
     try:
-        return cellstore.content_of(str(path))
+        return contents.content_of(str(path))
     except (OSError, InputError):
         return None
 

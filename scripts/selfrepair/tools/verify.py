@@ -26,8 +26,7 @@ from selfrepair.models.device import pick_device
 from selfrepair.models.loading import LoadedModel, load
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning import grid
-from selfrepair.storage import tables
-from selfrepair.storage import tensors as store
+from selfrepair.storage import tables, tensors
 from selfrepair.tools import rederive
 
 COLUMNS = names(EFFECT, LOGIT, PROFILE, DIAGNOSTIC)
@@ -130,7 +129,7 @@ def _apart(stored: float | list[float] | None, expected: torch.Tensor) -> float:
 def _datasets(base: Path, chosen: Sequence[Chosen]) -> list[str]:
     """The data sets that values come from; all of the experiment where noise is scaled by their moments."""
     if any(one.row["ablation"] in ("random", "gaussian") for one in chosen):
-        return list(store.read_metadata(base / "std.safetensors")["config"]["datasets"])
+        return list(tensors.read_metadata(base / "std.safetensors")["config"]["datasets"])
     found = {one.row["source"]: None for one in chosen}
     found |= {
         one.row["ablation"].removeprefix("replace-"): None

@@ -1,8 +1,8 @@
 """Stage `activations`: one clean run over a data set.
 
-Input: `tokens` (selfrepair.storage.tables.TOKENS).
+Input: `tokens` (selfrepair.storage.schemas.TOKENS).
 Output: `layers`, one safetensors file per layer: attn, mlp [store prompts(, tokens), d_model] in the model's
-precision (residual multiplier included), prompt int32 [store prompts]; `clean` (selfrepair.storage.tables.CLEAN), one
+precision (residual multiplier included), prompt int32 [store prompts]; `clean` (selfrepair.storage.schemas.CLEAN), one
 row per source prompt, logits.
 Params: experiment, model, model_spec, model_digest, dataset, positions, layers, target, code.
 """
@@ -23,8 +23,7 @@ from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
 from selfrepair.prompts import tokens as prompts
 from selfrepair.prompts.prompt import Prompt
-from selfrepair.storage import tables
-from selfrepair.storage import tensors as store
+from selfrepair.storage import schemas, tables, tensors
 
 log = logging.getLogger("selfrepair")
 
@@ -69,10 +68,10 @@ def run(job: Job, session: Session) -> None:
     for entry in table:
         entry["target_text"] = tokenizer.decode([entry["target"]])
         entry.update(experiment=params["experiment"], model=params["model"], source=params["dataset"])
-    columns = {name: [entry[name] for entry in table] for name in tables.CLEAN.names}
+    columns = {name: [entry[name] for entry in table] for name in schemas.CLEAN.names}
     _store(job, loaded, positions, rows, metadata)
     # Last: its presence tells that everything before it was written.
-    tables.write(job.output["clean"], columns, tables.CLEAN, metadata)
+    tables.write(job.output["clean"], columns, schemas.CLEAN, metadata)
     worst = max(entry["closure_error"] for entry in table)
     log.info("%s: %d source prompts, closure error at most %.2g", params["dataset"], len(table), worst)
 
@@ -130,8 +129,8 @@ def _store(job: Job, loaded: LoadedModel, positions: str, rows: int, metadata: d
         # Back into the table's order: batches follow the prompts' lengths.
         places = torch.tensor([order[number] for number in ids]).argsort()
         for layer in layers:
-            tensors = {"prompt": torch.tensor([row.id for row in stored], dtype=torch.int32)}
+            values = {"prompt": torch.tensor([row.id for row in stored], dtype=torch.int32)}
             for component in ("attn", "mlp"):
                 value = torch.cat(parts.pop((layer, component)))[places]
-                tensors[component] = value if positions == "all" else value[:, 0]
-            store.write(job.output["layers"][layer], tensors, {**metadata, "layer": layer})
+                values[component] = value if positions == "all" else value[:, 0]
+            tensors.write(job.output["layers"][layer], values, {**metadata, "layer": layer})

@@ -27,8 +27,7 @@ from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
 from selfrepair.prompts import tokens as prompts
 from selfrepair.prompts.prompt import Prompt
-from selfrepair.storage import tables
-from selfrepair.storage import tensors as store
+from selfrepair.storage import tables, tensors
 
 log = logging.getLogger("selfrepair")
 
@@ -102,11 +101,11 @@ def make_ablation(job: Job, loaded: LoadedModel, rows: int) -> Ablation:
     if name == "noise":
         return EmbeddingNoise(key, loaded, positions, rows)
     if name in ("random", "gaussian"):
-        moments = store.read(job.input["std"])
+        moments = tensors.read(job.input["std"])
         std = {(layer, c): moments[f"{c}.std"][layer] for c in ("attn", "mlp")}
         mean = {(layer, c): moments[f"{c}.mean"][layer] for c in ("attn", "mlp")}
         return Gaussian(key, std, mean if name == "gaussian" else None)
-    stored = store.read(job.input["activations"])
+    stored = tensors.read(job.input["activations"])
     values = {(layer, c): _positions(stored[c], positions).to(loaded.device) for c in ("attn", "mlp")}
     if name == "mean":
         return Mean({place: value.double().mean(0) for place, value in values.items()})

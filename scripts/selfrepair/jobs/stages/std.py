@@ -16,7 +16,7 @@ from torch import Tensor
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
-from selfrepair.storage import tensors as store
+from selfrepair.storage import tensors
 
 log = logging.getLogger("selfrepair")
 
@@ -54,17 +54,17 @@ def run(job: Job, session: Session) -> None:
     n_layers, datasets = job.params["layers"], job.params["datasets"]
     files = job.input["layers"]
     assert len(files) == n_layers * len(datasets)
-    tensors: dict[str, list[Tensor]] = {f"{c}.{m}": [] for c in ("attn", "mlp") for m in ("mean", "std")}
+    rows: dict[str, list[Tensor]] = {f"{c}.{m}": [] for c in ("attn", "mlp") for m in ("mean", "std")}
     counts = []
     for layer in range(n_layers):
         found = moments(files[number * n_layers + layer] for number in range(len(datasets)))
         for component, moment in found.items():
-            tensors[f"{component}.mean"].append(moment.mean.float())
-            tensors[f"{component}.std"].append(moment.std.float())
+            rows[f"{component}.mean"].append(moment.mean.float())
+            rows[f"{component}.std"].append(moment.std.float())
         counts.append(found["attn"].count)
-    stacked = {name: torch.stack(values) for name, values in tensors.items()}
+    stacked = {name: torch.stack(values) for name, values in rows.items()}
     stacked["count"] = torch.tensor(counts, dtype=torch.int64)
-    store.write(job.output["std"], stacked, {"config": job.params, "inputs": cellstore.input_digests(job)})
+    tensors.write(job.output["std"], stacked, {"config": job.params, "inputs": cellstore.input_digests(job)})
     log.info("moments of %d layers over %s", n_layers, ", ".join(datasets))
 
 
@@ -72,9 +72,9 @@ def moments(files: Iterable[str]) -> dict[str, Moments]:
     """Joint moments of several activation files, by component."""
     total: dict[str, Moments] = {}
     for file in files:
-        tensors = store.read(file)
+        stored = tensors.read(file)
         for component in ("attn", "mlp"):
-            values = tensors[component]
+            values = stored[component]
             found = Moments.of(values.reshape(-1, values.shape[-1]))
             total[component] = total[component] + found if component in total else found
     return total

@@ -1,7 +1,7 @@
 """Stage `tokens`: a data set's prompts as one model's tokens, split into source and store prompts.
 
 Input: none by path; the data set is named in the params, with the digest of its content.
-Output `tokens`: selfrepair.storage.tables.TOKENS, source prompts first, each split in its seeded order.
+Output `tokens`: selfrepair.storage.schemas.TOKENS, source prompts first, each split in its seeded order.
 Params: experiment, model, model_path, model_revision, tokenizer_digest, dataset, dataset_config,
 dataset_digest, positions, length, samples, store, seed, target. Paths are relative to the working directory.
 """
@@ -25,8 +25,7 @@ from selfrepair.prompts.tokenization import (
     longest,
     without_end,
 )
-from selfrepair.storage import checkpoints as modelfiles
-from selfrepair.storage import tables
+from selfrepair.storage import checkpoints, schemas, tables
 
 log = logging.getLogger("selfrepair")
 
@@ -47,7 +46,7 @@ def run(job: Job, session: Session) -> None:
     params = job.params
     dataset = Dataset.from_spec(params["dataset"], params["dataset_config"])
     _unchanged(dataset, params["dataset_digest"])
-    limit = modelfiles.positions_of(modelfiles.model_config(params["model_path"], params["model_revision"]))
+    limit = checkpoints.positions_of(checkpoints.model_config(params["model_path"], params["model_revision"]))
     length, size = params["length"], params["samples"] + params["store"]
     if length is not None and limit is not None and length > limit:
         what = f"`length: {length}` is more than model '{params['model']}' can read: {limit} tokens"
@@ -80,7 +79,7 @@ def run(job: Job, session: Session) -> None:
             "input_ids": [list(kept.ids) for kept in prompts],
             "answer_ids": [None if ids is None else list(ids) for ids, _ in answers],
         },
-        tables.TOKENS,
+        schemas.TOKENS,
         _metadata(params, tokenizer, selection),
     )
 
