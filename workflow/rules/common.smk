@@ -76,7 +76,9 @@ def minutes(stage):
 onstart:
     startup.disable_submission_timers(workflow)
     try:
-        runlock.acquire_run_lock(Path(grid.RESULTS) / experiment for experiment in PLAN.config.experiments)
+        runlock.acquire_run_lock(
+            Path(grid.RESULTS) / experiment for experiment in PLAN.config.experiments
+        )
     except InputError as error:
         sys.exit(f"Error: {error}")
     for name in startup.fix_future_timestamps(PLAN.intermediates()):
