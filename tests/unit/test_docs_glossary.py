@@ -1,0 +1,49 @@
+"""docs/glossary.md defines every column of every table, and no column that no table has."""
+
+import glossary
+import pyarrow as pa
+import pytest
+from selfrepair.analysis.audit import NUMERICS
+from selfrepair.analysis.summary import DOWNSTREAM, LAYERS
+from selfrepair.effects.columns import EFFECTS
+from selfrepair.storage.schemas import CLEAN, TOKENS
+
+PAGE = glossary.PAGE.read_text(encoding="utf-8")
+TABLES = {
+    "effects/source=S/ablation=A/layer=L.parquet": EFFECTS,
+    "tokens/{dataset}.parquet": TOKENS,
+    "clean/{dataset}.parquet": CLEAN,
+    "numerics.parquet": NUMERICS,
+    "summary/layers.parquet": LAYERS,
+    "summary/downstream.parquet": DOWNSTREAM,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_is_defined_and_exists(table: str) -> None:
+    defined = glossary.columns(PAGE, table)
+    assert defined - set(TABLES[table].names) == set()
+    assert undefined(TABLES[table], defined) == set()
+
+
+def undefined(schema: pa.Schema, defined: set[str]) -> set[str]:
+    """Return the columns that are not defined; the page's introduction defines the bounds of intervals."""
+
+    def is_bound(name: str) -> bool:
+        base = name.removesuffix("_low").removesuffix("_high")
+        return base != name and bool({base, f"{base}_mean"} & defined)
+
+    return {name for name in schema.names if name not in defined and not is_bound(name)}
+
+
+def test_a_missing_column_is_reported() -> None:
+    schema = pa.schema([("a", pa.int8()), ("a_low", pa.int8()), ("b_high", pa.int8()), ("c", pa.int8())])
+    assert undefined(schema, {"a"}) == {"b_high", "c"}
+    assert glossary.columns("\n## `t`\n\n| `a`, `b` | 1 |\n| c | `d` |\n\n## `u`\n| `e` | 1 |", "t") == {
+        "a",
+        "b",
+    }
+
+
+def test_the_effects_table_is_generated_from_the_dataclass() -> None:
+    assert glossary.effects_table() in PAGE, "run: PYTHONPATH=scripts python tests/support/glossary.py"
