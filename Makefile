@@ -20,7 +20,7 @@ run: $(STAMP)
 
 # Files of tests side by side: most of the time goes into starting processes.
 test: check
-	.venv/bin/pytest --numprocesses $(CORES) --dist loadfile
+	.venv/bin/pytest --numprocesses $(CORES) --dist loadfile --durations 10
 
 check: $(STAMP)
 	.venv/bin/ruff check .

@@ -6,11 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
+import faults
 import pytest
 from selfrepair.errors import InputError
-from selfrepair.jobs.lifeline import alive, run_of
+from selfrepair.jobs import lifeline
 from selfrepair.planning import runlock, startup
+from selfrepair.storage.processes import identify, is_alive
 
 HOLD = """
 import sys, time
@@ -96,24 +97,63 @@ def test_a_process_ends_with_the_run_it_works_for(tmp_path: Path) -> None:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     parent.stdout.readline()
-    process = psutil.Process(pid)
-    time.sleep(1)
-    assert alive(process)
+    process = identify(pid)
+    assert process is not None
+    time.sleep(2 * lifeline.CHECK_SECONDS)
+    assert is_alive(process)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
-    while alive(process):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    faults.wait(lambda: not is_alive(process), 10)
 
 
-def test_a_run_that_was_killed_and_not_yet_waited_for_is_over(tmp_path: Path) -> None:
-    """Its parent lives on, and is not to be mistaken for it."""
-    (tmp_path / "snakemake").write_text("import time; time.sleep(60)")
-    run = subprocess.Popen([sys.executable, str(tmp_path / "snakemake")])
-    assert run_of(run.pid).pid == run.pid
-    run.kill()
-    os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(psutil.NoSuchProcess):
-        run_of(run.pid)
-    run.wait()
+def test_a_killed_process_that_its_parent_has_not_waited_for_has_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    identity = identify(process.pid)
+    assert identity is not None and is_alive(identity) and is_alive(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
+    assert not is_alive(identity) and not is_alive(process.pid) and identify(process.pid) is None
+    process.wait()
+    assert not is_alive(identity) and not is_alive(process.pid)
+
+
+def test_a_reused_number_is_another_process() -> None:
+    me = identify(os.getpid())
+    assert me is not None and is_alive(me)
+    assert not is_alive(me._replace(started=str(int(me.started) - 1)))
+
+
+@pytest.fixture
+def unannounced(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("SELFREPAIR_RUN", "another-machine none 1 1")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return monkeypatch
+
+
+def test_the_outermost_run_stays_announced(unannounced: pytest.MonkeyPatch) -> None:
+    code = "from selfrepair.jobs import lifeline as l; l.announce_run(); print(l.require_run().pid)"
+
+    def announced_in_a_child() -> int:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", code]
+        return int(
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        )
+
+    assert lifeline.require_run() == identify(os.getppid())
+    lifeline.announce_run()
+    assert lifeline.require_run() == identify(os.getpid())
+    assert announced_in_a_child() == os.getpid()
+    # The variable that a batch job inherits from the machine that submitted it names another machine's process.
+    unannounced.setenv("SLURM_JOB_ID", "7")
+    assert announced_in_a_child() != os.getpid()
+
+
+def test_an_announced_run_that_has_ended_is_an_error(unannounced: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    unannounced.setenv("SELFREPAIR_RUN", f"{os.uname().nodename} none {ended.pid} 1")
+    with pytest.raises(InputError, match="run has ended"):
+        lifeline.require_run()
+    lifeline.announce_run()  # a new run takes its place
+    assert lifeline.require_run() == identify(os.getpid())

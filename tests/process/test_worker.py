@@ -243,11 +243,11 @@ def test_idle_it_ends_and_leaves_no_socket(bench: Bench) -> None:
 
 
 def test_it_ends_with_the_snakemake_that_used_it(bench: Bench) -> None:
-    """The client's ancestor called snakemake is killed without a chance to say goodbye."""
+    """The announced run is killed with signal 9."""
     fake = bench.path / "snakemake"
     job = json.dumps(bench.job("one"))
     fake.write_text(
-        "import subprocess, sys, time\n"
+        "import subprocess, sys, time\nfrom selfrepair.jobs import lifeline\nlifeline.announce_run()\n"
         f"subprocess.run([sys.executable, '-c', {SUBMIT!r}, {job!r}], check=True)\n"
         "open('done', 'w').close()\ntime.sleep(60)\n"
     )
@@ -300,11 +300,11 @@ def test_without_a_private_directory_the_message_says_what_to_do(
     long.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
     monkeypatch.setattr(addresses.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(addresses, "_LONGEST", len(os.fsencode(tmp_path)) + 64)
+    monkeypatch.setattr(addresses, "_ADDRESS_BYTES", len(os.fsencode(tmp_path)) + 64)
     assert (
         addresses.private_directory() == tmp_path / f"hydra-effect-{os.getuid()}"
     )  # the long one is passed by
-    monkeypatch.setattr(addresses, "_LONGEST", 10)
+    monkeypatch.setattr(addresses, "_ADDRESS_BYTES", 10)
     with pytest.raises(addresses.InputError, match="worker: off"):
         addresses.private_directory()
 
@@ -325,11 +325,13 @@ def test_a_worker_whose_job_is_killed_before_it_asks_for_anything_ends_with_the_
     job = bench.job("one", idle_seconds=60)
     starting = (
         "import sys, json; from selfrepair.jobs.worker import address, client\n"
-        "job = json.loads(sys.argv[1]); where = address.address(job['runtime'])\n"
-        "client._start(where, job['runtime'])\n"
+        "from selfrepair.jobs.devices import Device\n"
+        "device = Device('cpu', None)\n"
+        "job = json.loads(sys.argv[1]); where = address.address(job['runtime'], device)\n"
+        "client._start(where, job['runtime'], device)\n"
     )
     run = (
-        "import subprocess, sys, time\n"
+        "import subprocess, sys, time\nfrom selfrepair.jobs import lifeline\nlifeline.announce_run()\n"
         f"subprocess.run([sys.executable, '-c', {starting!r}, {json.dumps(job)!r}], check=True)\n"
         "open('done', 'w').close()\ntime.sleep(60)\n"
     )

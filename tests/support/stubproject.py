@@ -132,6 +132,7 @@ class Project:
         self.path = path
         # Not in `path`, which pytest makes too long for a socket's address.
         self.runtime_dir = Path(tempfile.mkdtemp(prefix="run-"))
+        self.extra_environment: dict[str, str] = {}
         self.configure(config)
 
     @classmethod
@@ -176,9 +177,10 @@ class Project:
 
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of a user with a private directory for sockets."""
-        dropped = {"OMP_NUM_THREADS", "SLURM_JOB_ID", "PYTHONPATH", "SNAKEMAKE_PROFILE"}
+        dropped = {"OMP_NUM_THREADS", "SLURM_JOB_ID", "PYTHONPATH", "SNAKEMAKE_PROFILE", "SELFREPAIR_RUN"}
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
-        return {**kept, "XDG_RUNTIME_DIR": str(self.runtime_dir), "HF_HUB_OFFLINE": "1", **more}
+        kept |= {"XDG_RUNTIME_DIR": str(self.runtime_dir), "HF_HUB_OFFLINE": "1"}
+        return {**kept, **self.extra_environment, **more}
 
     def command(self, *arguments: str) -> list[str]:
         """Snakemake with this interpreter."""

@@ -65,14 +65,14 @@ def value(path: str) -> list[int]:
 
 def test_a_cell_is_computed_once(job: Job) -> None:
     compute = Computing()
-    cellstore.through(job, compute)
+    cellstore.fetch_or_compute(job, compute)
     output = Path(job.output["cell"])
     assert value(job.output["cell"]) == [1]
     assert [entry.samefile(output) for entry in entries(job)] == [True]  # one file, two names
     assert entries(job)[0].stem == cellstore.cell_key(job)
     os.utime(output, (0, 0))
     output.unlink()  # what Snakemake does before a rerun
-    cellstore.through(job, compute)
+    cellstore.fetch_or_compute(job, compute)
     assert compute.calls == 1
     assert value(job.output["cell"]) == [1]
     # Or it would be older than its inputs, and made again in every run.
@@ -80,12 +80,12 @@ def test_a_cell_is_computed_once(job: Job) -> None:
 
 
 def test_an_output_that_is_there_already_is_replaced(job: Job) -> None:
-    cellstore.through(job, Computing())
-    cellstore.through(job, Computing())  # the same file under both names
+    cellstore.fetch_or_compute(job, Computing())
+    cellstore.fetch_or_compute(job, Computing())  # the same file under both names
     output = Path(job.output["cell"])
     output.unlink()
     output.write_text("something else")
-    cellstore.through(job, Computing())
+    cellstore.fetch_or_compute(job, Computing())
     assert value(job.output["cell"]) == [1]
     assert [path.name for path in output.parent.iterdir()] == ["layer=1.parquet"]  # nothing temporary left
 
@@ -159,7 +159,7 @@ def test_a_truncated_header_is_damage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["flipped", "truncated", "emptied", "rewritten"])
 def test_a_damaged_entry_is_dropped_and_computed_again(job: Job, how: str) -> None:
     compute = Computing()
-    cellstore.through(job, compute)
+    cellstore.fetch_or_compute(job, compute)
     (entry,) = entries(job)
     content = bytearray(entry.read_bytes())
     middle = content.index(b"\x15")  # within the first page
@@ -176,7 +176,7 @@ def test_a_damaged_entry_is_dropped_and_computed_again(job: Job, how: str) -> No
     entry.write_bytes(damaged)
     with pytest.raises(DamagedFileError):
         tables.read(job.output["cell"])  # the same file
-    cellstore.through(job, compute)
+    cellstore.fetch_or_compute(job, compute)
     assert compute.calls == 2
     assert value(job.output["cell"]) == [1]
     assert value(str(entry)) == [1]
@@ -187,7 +187,7 @@ def test_a_failure_leaves_neither_entry_nor_output(job: Job) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cellstore.through(job, fail)
+        cellstore.fetch_or_compute(job, fail)
     assert not entries(job)
     assert not Path(job.output["cell"]).exists()
 
@@ -197,7 +197,7 @@ def test_without_hard_links_the_output_is_a_copy(job: Job, monkeypatch: pytest.M
         raise OSError("not supported")
 
     monkeypatch.setattr(os, "link", no_links)
-    cellstore.through(job, Computing())
+    cellstore.fetch_or_compute(job, Computing())
     (entry,) = entries(job)
     assert not entry.samefile(job.output["cell"])
     assert entry.read_bytes() == Path(job.output["cell"]).read_bytes()
@@ -208,8 +208,10 @@ def test_without_hard_links_the_output_is_a_copy(job: Job, monkeypatch: pytest.M
 
 def test_prune_drops_what_no_cell_uses(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     results = Path(job.runtime["cells"]).parent
-    cellstore.through(job, Computing())
-    cellstore.through(replace(job, params={**job.params, "layer": 2}), Computing())  # takes over the output
+    cellstore.fetch_or_compute(job, Computing())
+    cellstore.fetch_or_compute(
+        replace(job, params={**job.params, "layer": 2}), Computing()
+    )  # takes over the output
     kept = cellstore.cell_key(replace(job, params={**job.params, "layer": 2}))
     (results / ".cells" / ".x.parquet.1-a.tmp").touch()
     assert len(entries(job)) == 2

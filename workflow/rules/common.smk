@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from selfrepair.errors import InputError
 from selfrepair.jobs import lifeline
-from selfrepair.jobs.worker import keeper
 from selfrepair.planning import grid, runlock, startup
 
 update_config(config, startup.parse_overrides(workflow.config_settings.config))
@@ -21,9 +20,6 @@ PLAN = startup.load_plan(config, workflow.overwrite_configfiles or ["config.yaml
 
 
 lifeline.announce_run()
-# The Snakemake of a SLURM batch job runs its cells as job steps, which a worker must outlive.
-if keeper.in_batch_script() and workflow.remote_exec:
-    keeper.start()
 
 
 def one_of(names):

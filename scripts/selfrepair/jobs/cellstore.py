@@ -25,7 +25,7 @@ from selfrepair.storage.contents import combine_digests, content_of
 _log = logging.getLogger("selfrepair")
 
 
-def through(job: Job, compute: Callable[[Job], None]) -> None:
+def fetch_or_compute(job: Job, compute: Callable[[Job], None]) -> None:
     """Give a job that makes one cell its output: from the store, or by `compute`, which is asked to write
     into the store.
 

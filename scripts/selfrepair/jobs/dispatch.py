@@ -22,7 +22,7 @@ def run_stage(job: Job, session: Any) -> None:
         atomic.remove_leftovers(output)
     stage = importlib.import_module(stage_module(job.stage))
     if job.stage == "effects":
-        cellstore.through(job, lambda inner: stage.run(inner, session))
+        cellstore.fetch_or_compute(job, lambda inner: stage.run(inner, session))
     else:
         stage.run(job, session)
 

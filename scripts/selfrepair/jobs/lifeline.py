@@ -1,95 +1,70 @@
-"""Nothing outlives the Snakemake run that it works for, not even one that was killed without a word."""
+"""End jobs and workers with the Snakemake run that they work for, also when that run is killed with signal 9.
+
+The Snakemake process announces itself in an environment variable that every process it starts inherits. Command
+lines and parents are not searched: a process has its parent's command line until it calls exec, and the parent of a
+job may be a shell, a scheduler's daemon, or Snakemake.
+"""
 
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from selfrepair.errors import InputError
-
-if TYPE_CHECKING:
-    import psutil
+from selfrepair.storage.processes import ProcessId, identify, is_alive
 
 ENDED = "the Snakemake run has ended"
-
-LOOK_SECONDS = 0.5  # how often a run is looked after
-_RUN = "SELFREPAIR_RUN"  # the process that plans jobs, set for those it starts
+CHECK_SECONDS = 0.5  # between two checks whether the run still exists
+_VARIABLE = "SELFREPAIR_RUN"  # "MACHINE BATCH-JOB PID START" of the outermost Snakemake
 
 
 def announce_run() -> None:
-    """Let the jobs that this process will start know whom they work for."""
-    os.environ[_RUN] = str(os.getpid())
+    """Announce this process to the processes it will start as the Snakemake run that they work for.
 
-
-def require_run() -> int:
-    """The process to look after on behalf of this job: its Snakemake, else the job itself.
-
-    Raises InputError if the Snakemake is gone already: a job may begin just after its run was killed.
+    Executors start further Snakemake processes for single jobs or groups. The outermost one that runs on the same
+    machine and in the same batch job stays announced.
     """
-    run = int(os.environ.get(_RUN, os.getpid()))
-    try:
-        os.kill(run, 0)
-    except ProcessLookupError:
-        raise InputError(ENDED) from None
-    except PermissionError:
-        pass
+    announced = _announced()
+    if announced is None or not is_alive(announced):
+        me = identify(os.getpid())
+        assert me is not None
+        os.environ[_VARIABLE] = " ".join([*_machine(), str(me.pid), me.started])
+
+
+def require_run() -> ProcessId:
+    """Return the process whose end means that nobody wants this job any more: its Snakemake run, else the parent.
+
+    Raises InputError if that process has ended: a job may start just after its run was killed.
+    """
+    run = _announced()
+    if run is None:
+        run = identify(os.getppid())
+    if run is None or not is_alive(run):
+        raise InputError(ENDED)
     return run
 
 
-def run_of(pid: int) -> "psutil.Process":
-    """The process whose end means that nobody wants the work of process `pid` any more: its Snakemake run.
+def end_with_run(cleanup: Callable[[], object] = lambda: None) -> None:
+    """End this process within a second of the end of its Snakemake run; call `cleanup` first.
 
-    The outermost one: executors put Snakemakes of their own around single jobs. Without any, the parent. In a
-    batch job it is the Snakemake of the job or of the step that `pid` is in. Raises psutil.NoSuchProcess.
-    psutil remembers the time a process started, so that a reused number is not mistaken for it.
+    Unfinished files have temporary names, which the next run removes. Raises InputError if the run has ended already.
     """
-    import psutil
-
-    process = psutil.Process(pid)
-    if not alive(process):  # a zombie has a parent, which is not its run
-        raise psutil.NoSuchProcess(pid)
-    ancestors = process.parents()
-    runs = [candidate for candidate in (process, *ancestors) if _is_snakemake(candidate)]
-    return (runs or ancestors[:1] or [process])[-1]
-
-
-def alive(process: "psutil.Process") -> bool:
-    """Whether a process still runs; a zombie does not."""
-    import psutil
-
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def end_with_run(last: Callable[[], object] = lambda: None) -> None:
-    """From now on end this process, whatever it is doing, soon after its Snakemake run has ended.
-
-    What it was writing has a temporary name, which the next run removes. `last` is called before the end.
-    """
-    import psutil
-
-    try:
-        run = run_of(require_run())
-    except psutil.NoSuchProcess:
-        raise InputError(ENDED) from None
+    run = require_run()
 
     def watch() -> None:
-        while alive(run):
-            time.sleep(LOOK_SECONDS)
-        last()
+        while is_alive(run):
+            time.sleep(CHECK_SECONDS)
+        cleanup()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _is_snakemake(process: "psutil.Process") -> bool:
-    import psutil
+def _announced() -> ProcessId | None:
+    # A batch job inherits the variable from the machine that submitted it, where the number is another process.
+    *machine, pid, started = os.environ.get(_VARIABLE, "- - 0 -").split(" ")
+    return ProcessId(int(pid), started) if machine == _machine() else None
 
-    try:
-        words = process.cmdline()[:4]
-    except psutil.Error:
-        return False
-    return any(os.path.basename(word) == "snakemake" for word in words)
+
+def _machine() -> list[str]:
+    return [os.uname().nodename, os.environ.get("SLURM_JOB_ID", "none")]

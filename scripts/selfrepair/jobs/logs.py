@@ -1,4 +1,4 @@
-"""One job, one log file: everything said while the job runs goes there, from whatever process and library."""
+"""Write everything that a job prints and logs to the job's own file, also what C libraries print."""
 
 import contextlib
 import logging
@@ -10,8 +10,8 @@ LOGGER = logging.getLogger("selfrepair")
 FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 
-def begin(path: str | None) -> None:
-    """Empty the log of an earlier attempt."""
+def clear(path: str | None) -> None:
+    """Create the log, or empty the log of an earlier attempt."""
     if path is not None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "w", encoding="utf-8"):
@@ -19,22 +19,22 @@ def begin(path: str | None) -> None:
 
 
 def append(path: str | None, text: str) -> None:
-    """Add lines to a job's log, or print them where it has none or cannot be written."""
+    """Append lines to a job's log. Print them if the job has no log or the log cannot be written."""
     if path is not None:
         try:
             with open(path, "a", encoding="utf-8") as log:
                 log.write(text.rstrip("\n") + "\n")
             return
-        except OSError:  # a full disk must not swallow the message that says so
+        except OSError:  # a full disk must not hide the message that reports it
             pass
     print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
-def into(path: str | None) -> Iterator[None]:
-    """Send log records and everything printed, by C code too, to the end of the file `path`.
+def redirected(path: str | None) -> Iterator[None]:
+    """Append log records, standard output and standard error to the file `path`, also those of C code.
 
-    The process's own standard output and error return afterwards. With None they stay where they are.
+    The process gets its own standard output and error back afterwards. With None they are not redirected.
     """
     saved = []
     sys.stdout.flush()
@@ -45,7 +45,7 @@ def into(path: str | None) -> Iterator[None]:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-    # A stream of its own: sys.stderr may be a test's or a notebook's stand-in, not descriptor 2.
+    # Not sys.stderr, which tests and notebooks replace by streams that do not write to descriptor 2.
     stream = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - closed below
     handler = logging.StreamHandler(stream)
     handler.setFormatter(FORMAT)
@@ -58,7 +58,7 @@ def into(path: str | None) -> Iterator[None]:
         LOGGER.propagate = propagate
         LOGGER.removeHandler(handler)
         for flush in (sys.stdout.flush, sys.stderr.flush, stream.close):
-            with contextlib.suppress(OSError):  # a full disk; the job's own error is the one to tell
+            with contextlib.suppress(OSError):  # a full disk: the job's own error matters more
                 flush()
         for copy, number in saved:
             os.dup2(copy, number)

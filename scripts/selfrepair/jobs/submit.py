@@ -1,19 +1,20 @@
-"""What a stage script calls: have the job done, by a warm worker or right here, and report how it went."""
+"""The entry point of stage scripts: have a job done by a warm worker or in this process, and report failures."""
 
 import sys
 import traceback
 
 from selfrepair.errors import InputError, StageError
 from selfrepair.jobs import logs
+from selfrepair.jobs.devices import Device, leased
 from selfrepair.jobs.job import Job
 
 
 def submit(job: Job) -> None:
-    """Do `job` and write its log; on failure end the process with status 1, the reason in the log.
+    """Do `job` and write its log. On failure write the reason to the log and end the process with status 1.
 
-    An InputError is told in its own words; any other error with its traceback.
+    An InputError is logged as its message, any other error as its traceback.
     """
-    logs.begin(job.log)
+    logs.clear(job.log)
     try:
         run(job)
     except KeyboardInterrupt:
@@ -30,39 +31,49 @@ def submit(job: Job) -> None:
 
 
 def run(job: Job) -> None:
-    """Do `job` in a worker where `runtime.worker` says so, else in this process; raise what it raises."""
+    """Do `job` in a worker if `runtime.worker` is on and the stage uses a model, else in this process.
+
+    Raises the errors of the stage: InputError as it is, any other error of a worker as StageError.
+    """
     from selfrepair.planning.stages import MODEL_STAGES
 
-    if job.stage in MODEL_STAGES and job.runtime.get("worker"):
-        from selfrepair.jobs.worker import client
+    if job.stage not in MODEL_STAGES:
+        _run_here(job, None)
+        return
+    from selfrepair.jobs.worker import address, client
 
-        client.request(job)
-    else:
-        _run_here(job)
+    with leased(job, address.private_directory) as device:
+        if job.runtime.get("worker"):
+            client.request(job, device)
+        else:
+            _run_here(job, device)
 
 
-def _run_here(job: Job) -> None:
+def _run_here(job: Job, device: Device | None) -> None:
+    import os
+
     from selfrepair.jobs.dispatch import run_stage
     from selfrepair.jobs.lifeline import end_with_run
     from selfrepair.jobs.threads import use_every_cpu
     from selfrepair.planning.fingerprint import code_digest
-    from selfrepair.planning.stages import MODEL_STAGES, stage_module
+    from selfrepair.planning.stages import stage_module
 
     if job.params.get("code", "") not in ("", code_digest([stage_module(job.stage)])):
         raise changed_code()
     use_every_cpu()
     end_with_run()
-    with logs.into(job.log):
+    with logs.redirected(job.log):
         session = None
-        if job.stage in MODEL_STAGES:
-            from selfrepair.jobs.session import Session
+        if device is not None:
+            device.apply(os.environ)
+            from selfrepair.jobs.session import Session  # imports torch, which reads CUDA_VISIBLE_DEVICES
 
-            session = Session(job.runtime["device"])
+            session = Session(device.name)
         run_stage(job, session)
 
 
 def changed_code() -> InputError:
-    """The error for results that would not be those of the code they are filed under."""
+    """Return the error for a job whose code changed after it was planned: its results would be filed wrongly."""
     return InputError(
         "the package's modules were changed while this run was under way",
         remedy="run the same command again: it starts with the modules as they are now.",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selfrepair.errors import InputError
+from selfrepair.storage.processes import is_alive
 
 # Why a file cannot be written -> what to do. Other errors are nobody's to mend but ours.
 _REMEDIES = {
@@ -67,21 +68,8 @@ def remove_leftovers(output: str | os.PathLike[str]) -> None:
     output = Path(output)
     for path in output.parent.glob(f".{output.name}.*.tmp"):
         pid = path.name.removeprefix(f".{output.name}.").partition("-")[0]
-        if not (pid.isdigit() and _alive(int(pid))):
+        if not (pid.isdigit() and is_alive(int(pid))):
             path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    try:  # one that was killed keeps its number until its parent has taken note
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except OSError:  # not Linux, or gone at this moment
-        return True
 
 
 def _sync_directory(directory: Path) -> None:

@@ -1,1 +1,1 @@
-"""One warm process per device and model: a cell pays for its arithmetic, not for imports and loading."""
+"""One warm process per device and model, which saves every cell after the first the imports and the loading."""

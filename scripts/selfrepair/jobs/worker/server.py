@@ -1,8 +1,8 @@
-"""The worker: serves one job at a time, and keeps what the next one needs again.
+"""The worker process: do one job at a time, and keep the model and its clean runs in memory for the next job.
 
-It is a cache and never a source of truth: every job gives the same result without it. It ends by itself when
-it has been idle, when every Snakemake run that used it is gone, when the package's modules on disk are no
-longer those it runs, and after an error nobody foresaw, whose traces in memory are not worth guessing at.
+The worker is a cache: every job gives the same result without it. It ends when it was idle for `idle_seconds`, when
+every Snakemake run that used it has ended, when the package's modules on disk have changed, and after an unexpected
+error, which may have left its memory in an unknown state.
 """
 
 import contextlib
@@ -19,21 +19,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from selfrepair.errors import InputError
 from selfrepair.jobs import logs
 from selfrepair.jobs.dispatch import run_stage
 from selfrepair.jobs.job import Job
-from selfrepair.jobs.lifeline import ENDED, LOOK_SECONDS, alive, run_of
+from selfrepair.jobs.lifeline import CHECK_SECONDS, ENDED
 from selfrepair.jobs.submit import changed_code
 from selfrepair.planning.fingerprint import code_digest
 from selfrepair.planning.stages import worker_modules
+from selfrepair.storage.processes import ProcessId, is_alive
+
+REQUEST_BYTES = 64 << 20  # longest request; a job with 100,000 input paths has 10 MB
+REQUEST_SECONDS = 20.0  # a client sends its request at once
 
 
 @dataclass
 class Request:
-    """A job that a client waits for."""
+    """A job and the connection of the client that waits for it."""
 
     connection: socket.socket
     job: Job
@@ -41,120 +43,130 @@ class Request:
     changing: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, expected: str, state: str) -> bool:
-        """Move from state `expected` to `state`; False if it was in another one."""
+        """Move from state `expected` to `state`; return False if the request was in another state."""
         with self.changing:
             moved = self.state == expected
             if moved:
                 self.state = state
             return moved
 
-    def tell(self, **message: Any) -> None:
-        """Send the client a line. A client that is gone needs none."""
-        with contextlib.suppress(OSError):
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
+    def send(self, **message: Any) -> None:
+        """Send the client one line of JSON. Do nothing if the client has disconnected."""
+        _send(self.connection, **message)
+
+
+def _send(connection: socket.socket, **message: Any) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 class Server:
-    """Listens at `path` and does jobs with one session, made when the first job comes."""
+    """Listens at `path` and does jobs with one session, which the first job creates."""
 
-    def __init__(
-        self, path: Path, device: str, package: str, idle_seconds: float, first: psutil.Process, kept: bool
-    ) -> None:
+    def __init__(self, path: Path, device: str, package: str, idle_seconds: float, run: ProcessId) -> None:
         self.path, self.device, self.package = path, device, package
         self.idle_seconds = idle_seconds
         self.last_use = time.monotonic()
         self.session: Any = None
         self.requests: queue.Queue[Request] = queue.Queue()
         self.current: Request | None = None
-        # From the start: who had this process started may be killed before it says what for.
-        self.runs = {first}
-        self.kept = kept  # by a batch job's keeper: steps that use this worker come and go
+        # The run that started this process counts before its first request: the job may be killed before it asks.
+        self.runs = {run}
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Bound beside and renamed: whoever finds the socket finds someone listening, and a dead worker's
-        # socket is replaced in the same step.
-        beside = path.with_name(f"{path.stem}.{os.getpid()}")
-        beside.unlink(missing_ok=True)
-        self.listener.bind(os.fspath(beside))
+        # Bound under another name and renamed: a client that sees the socket can connect, and the socket of a dead
+        # worker is replaced in the same step.
+        unnamed = path.with_name(f"{path.stem}.{os.getpid()}")
+        unnamed.unlink(missing_ok=True)
+        self.listener.bind(os.fspath(unnamed))
         self.listener.listen(128)
-        self.inode = beside.stat().st_ino
-        os.replace(beside, path)
+        self.inode = unnamed.stat().st_ino
+        os.replace(unnamed, path)
 
     def serve(self) -> None:
         """Do jobs until there is a reason to end."""
         threading.Thread(target=self._accept, daemon=True).start()
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch_runs, daemon=True).start()
         while time.monotonic() - self.last_use < self.idle_seconds:
             with contextlib.suppress(queue.Empty):
                 remaining = self.last_use + self.idle_seconds - time.monotonic()
                 self.current = self.requests.get(timeout=max(remaining, 0.01))
-                go_on = self._do(self.current)
+                usable = self._do(self.current)
                 self.current = None
                 self.last_use = time.monotonic()
-                if not go_on:
+                if not usable:
                     return
 
     def close(self) -> None:
-        """Give up the socket's name, unless a successor has taken it."""
+        """Remove the socket and the start-up log, unless a successor has replaced them."""
         with contextlib.suppress(OSError):
             if self.path.stat().st_ino == self.inode:
                 self.path.unlink()
+                self.path.with_suffix(".log").unlink()
 
     def _accept(self) -> None:
         while True:
             connection, _ = self.listener.accept()
-            threading.Thread(target=self._listen_to, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._handle, args=(connection,), daemon=True).start()
 
-    def _listen_to(self, connection: socket.socket) -> None:
+    def _handle(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            stream = connection.makefile("r", encoding="utf-8")
-            line = stream.readline()
-            if not line.endswith("\n"):
+            connection.settimeout(REQUEST_SECONDS)
+            stream = connection.makefile("rb")
+            line = stream.readline(REQUEST_BYTES)
+            if not line.endswith(b"\n"):
                 return
-            message = json.loads(line)
-            if "dismiss" in message:
-                if self.current is None and self.requests.empty():
-                    self._end()
-                return
-            request = Request(connection, Job.from_json(message["job"]))
             try:
-                if not self.kept:
-                    self.runs.add(run_of(message["pid"]))
-            except psutil.NoSuchProcess:
-                request.tell(event="failed", kind="input", message=ENDED)
+                message = json.loads(line)
+                if "dismiss" in message:
+                    if self.current is None and self.requests.empty():
+                        self._exit()
+                    return
+                job, run = Job.from_json(message["job"]), ProcessId(*message["run"])
+                float(job.runtime["idle_seconds"])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                text = f"the worker received a request that it cannot read ({error!r})"
+                _send(connection, event="failed", kind="input", message=text)
                 return
+            request = Request(connection, job)
+            if not is_alive(run):
+                request.send(event="failed", kind="input", message=ENDED)
+                return
+            self.runs.add(run)
             self.requests.put(request)
-            stream.read()  # returns when the client is gone: it had its answer, or it was killed
+            connection.settimeout(None)
+            while connection.recv(4096):  # returns b"" when the client has its answer or was killed
+                pass
             if not request.advance("waiting", "over") and request.advance("running", "over"):
-                # Nobody wants the result any more, and arithmetic cannot be interrupted.
-                self._end()
+                # Nobody waits for the result, and arithmetic cannot be interrupted.
+                self._exit()
 
     def _do(self, request: Request) -> bool:
-        """Do one job and answer its client; False if this process should not do another."""
+        """Do one job and answer its client; return False if this process must not do another job."""
         if not request.advance("waiting", "running"):
             return True
         job = request.job
-        self.idle_seconds = job.runtime["idle_seconds"]
-        request.tell(event="started", pid=os.getpid())
+        self.idle_seconds = float(job.runtime["idle_seconds"])
+        request.send(event="started", pid=os.getpid())
         answer: dict[str, Any] = {"event": "done"}
-        go_on = True
+        usable = True
         try:
             if code_digest(worker_modules()) != self.package:
-                go_on = False
+                usable = False
                 raise changed_code()
-            with logs.into(job.log):
+            with logs.redirected(job.log):
                 run_stage(job, self._session())
         except InputError as error:
             answer = {"event": "failed", "kind": "input", "message": str(error)}
         except BaseException:
             answer = {"event": "failed", "kind": "error", "message": traceback.format_exc()}
-            go_on = False
-        if not go_on:
-            self.close()  # before the answer: the client's next job must not find this process
+            usable = False
+        if not usable:
+            self.close()  # before the answer: the client's next job must not connect to this process
         if request.advance("running", "over"):
-            request.tell(**answer)
+            request.send(**answer)
             with contextlib.suppress(OSError):
                 request.connection.shutdown(socket.SHUT_WR)
-        return go_on
+        return usable
 
     def _session(self) -> Any:
         if self.session is None:
@@ -163,36 +175,29 @@ class Server:
             self.session = Session(self.device)
         return self.session
 
-    def _watch(self) -> None:
-        while any(alive(run) for run in tuple(self.runs)):
-            time.sleep(LOOK_SECONDS)
-        # The jobs may outlive the run that was killed; without this they would ask another worker.
+    def _watch_runs(self) -> None:
+        while any(is_alive(run) for run in tuple(self.runs)):
+            time.sleep(CHECK_SECONDS)
+        # A job may outlive its killed run for a moment. Without this answer it would ask another worker.
         for request in (self.current, *self.requests.queue):
             if request is not None:
-                request.tell(event="failed", kind="input", message=ENDED)
-        self._end()
+                request.send(event="failed", kind="input", message=ENDED)
+        self._exit()
 
-    def _end(self) -> None:
+    def _exit(self) -> None:
         self.close()
         os._exit(0)
 
 
 def main() -> None:
-    """Serve until there is a reason to end; the arguments are one JSON object."""
+    """Serve until there is a reason to end. The only command line argument is a JSON object."""
     faulthandler.enable()
     arguments = json.loads(sys.argv[1])
-    kept = arguments.get("kept", False)
-    try:
-        first = run_of(os.getpid() if kept else arguments["run"])
-    except psutil.NoSuchProcess:
+    run = ProcessId(*arguments["run"])
+    if not is_alive(run):
         sys.exit(ENDED)
     server = Server(
-        Path(arguments["socket"]),
-        arguments["device"],
-        arguments["package"],
-        arguments["idle_seconds"],
-        first,
-        kept,
+        Path(arguments["socket"]), arguments["device"], arguments["package"], arguments["idle_seconds"], run
     )
     try:
         server.serve()

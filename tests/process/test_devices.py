@@ -1,0 +1,181 @@
+"""Leases of devices. No GPU is needed: CPU workers with addresses of their own stand for devices."""
+
+import copy
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import faults
+import pytest
+from selfrepair.jobs import devices
+from selfrepair.jobs.devices import Device
+from stubproject import CONFIG, Project
+from test_worker import Bench
+
+HOLDER = """
+import json, sys
+from pathlib import Path
+from selfrepair.jobs.devices import leased
+from selfrepair.jobs.job import Job
+model, source, directory = sys.argv[1:]
+job = Job("effects", {}, {}, {"experiment": "e", "source": source}, {"device": "auto", "model": model})
+with leased(job, lambda: Path(directory)) as device:
+    print(device.visible, flush=True)
+    sys.stdin.read()
+"""
+
+
+class Holder:
+    """A process that leases a device until it is released or killed."""
+
+    def __init__(self, directory: Path, model: str = "m", source: str = "a", number: int = 2) -> None:
+        environment = {**os.environ, devices.PRETEND: str(number), "PYTHONPATH": os.pathsep.join(sys.path)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, model, source, str(directory)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def device(self) -> str:
+        """The leased device; waits for the lease."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def waits(self, seconds: float = 0.5) -> bool:
+        """Whether there is no lease within some time."""
+        return not select.select([self.process.stdout], [], [], seconds)[0]
+
+    def release(self) -> None:
+        self.process.communicate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def used(directory: Path, *holders: tuple[str, str]) -> list[str]:
+    """Devices that jobs with these models and sources get one after the other."""
+    found = []
+    for model, source in holders:
+        holder = Holder(directory, model, source)
+        found.append(holder.device())
+        holder.release()
+    return found
+
+
+def test_no_device_is_leased_twice_and_an_ended_or_killed_job_frees_its_device(tmp_path: Path) -> None:
+    first, second = Holder(tmp_path), Holder(tmp_path)
+    holding = {holder.device(): holder for holder in (first, second)}
+    assert sorted(holding) == ["pretended-0", "pretended-1"]
+    third = Holder(tmp_path)
+    assert third.waits()
+    holding["pretended-1"].kill()
+    assert third.device() == "pretended-1"
+    fourth = Holder(tmp_path)
+    assert fourth.waits()
+    holding["pretended-0"].release()
+    assert fourth.device() == "pretended-0"
+    for holder in (third, fourth):
+        holder.release()
+
+
+def test_jobs_prefer_the_device_with_their_model_and_source(tmp_path: Path) -> None:
+    first = used(tmp_path, ("m", "a"), ("n", "a"), ("m", "a"), ("n", "a"), ("m", "b"), ("n", "b"))
+    assert first == ["pretended-0", "pretended-1"] * 3  # each model has its device
+    busy = Holder(tmp_path, "m", "b")
+    assert busy.device() == "pretended-0"
+    assert used(tmp_path, ("m", "b")) == ["pretended-1"]  # a free device is better than none
+    busy.release()
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
+    monkeypatch.delenv(devices.PRETEND, raising=False)
+    return monkeypatch
+
+
+def test_auto_is_every_visible_device(with_cuda: pytest.MonkeyPatch) -> None:
+    with_cuda.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5ab")
+    assert devices.available("auto") == [Device("auto", "2"), Device("auto", "GPU-5ab")]
+    assert devices.available("cuda:1") == [Device("cuda:1", "2,GPU-5ab")]  # as configured
+    for one in ("3", ""):
+        with_cuda.setenv("CUDA_VISIBLE_DEVICES", one)
+        assert devices.available("auto") == [Device("auto", one)]
+    with_cuda.delenv("CUDA_VISIBLE_DEVICES")
+    with_cuda.setattr(
+        devices.os, "listdir", lambda _: ["null", "nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"]
+    )
+    assert devices.available("auto") == [Device("auto", "0"), Device("auto", "1")]
+    with_cuda.setattr(devices, "_torch_has_cuda", lambda: False)
+    assert devices.available("auto") == [Device("auto", None)]
+
+
+def test_a_build_of_pytorch_for_cpus_is_recognised() -> None:
+    import torch
+
+    assert devices._torch_has_cuda() == (torch.version.cuda is not None)
+
+
+def test_a_process_sees_its_device_only() -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    Device("auto", "1").apply(environment)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "1"}
+    Device("cpu", None).apply(environment)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench.stub(tmp_path)
+    assert isinstance(bench, Bench)
+    yield bench
+    bench.close()
+
+
+def test_each_device_has_its_worker_and_a_killed_worker_keeps_none(bench: Bench) -> None:
+    pretend = {devices.PRETEND: "2"}
+    bench.behave(sleep=("slow", 60))
+    slow = bench.start(bench.job("slow", device="auto"), **pretend)
+    faults.wait((bench.path / "sleeping").exists, 20)
+    quick = bench.start(bench.job("quick", device="auto"), **pretend)
+    assert quick.wait(timeout=60) == 0  # beside the busy device
+    assert len(bench.workers()) == 2
+    (busy,) = [process for _, process, outputs, _ in bench.ran() if "slow" in outputs[0]]
+    bench.behave()
+    os.kill(busy, 9)
+    assert slow.wait(timeout=60) == 0  # by another worker on its device
+    assert "died while it did this job; starting another one" in bench.log("slow")
+    (bench.path / "sleeping").unlink()
+    bench.behave(sleep=("slow", 60))
+    slow = bench.start(bench.job("slow-2", device="auto"), **pretend)
+    faults.wait((bench.path / "sleeping").exists, 20)
+    bench.behave()
+    slow.kill()
+    slow.wait()
+    jobs = [bench.start(bench.job(f"after-{number}", device="auto"), **pretend) for number in range(4)]
+    assert [job.wait(timeout=60) for job in jobs] == [0] * 4
+
+
+def test_a_run_on_several_devices_uses_all_and_gives_the_results_of_one(tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIG)
+    config["models"]["m"]["device"] = "auto"
+    config["experiments"]["e"].update(datasets=["a"], ablations=["zero"])
+    projects, sets = {}, {}
+    for number in (1, 3):
+        (tmp_path / str(number)).mkdir()
+        project = projects[number] = Project.stub(tmp_path / str(number), config, layers=4)
+        project.extra_environment = {devices.PRETEND: str(number)}
+        project.behave(sleep=('"ablation": ', 0.2))
+        project.snakemake("--cores", "4", "--resources", "gpu=4", "--until", "effects")
+        sets[number] = {process for stage, process, _, _ in project.ran() if stage == "effects"}
+    assert len(sets[1]) == 1 and len(sets[3]) == 3
+    assert faults.contents(projects[1]) == faults.contents(projects[3])
+    assert len(list(projects[1].path.glob("results/e/m/effects/*/*/*"))) == 8
+    for project in projects.values():
+        project.close()
