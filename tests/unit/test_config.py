@@ -343,7 +343,9 @@ def test_last_layer_is_in_range(root):
 def test_whole_prompts_cannot_be_replaced_at_all_positions(root):
     text = message(root, grid_with(positions="all"))
     has(
-        text, "experiments.grid.length: null (whole prompts) cannot go with `positions: all`", "set `length:`"
+        text,
+        "experiments.grid.length: null (whole prompts) cannot be combined with `positions: all`",
+        "set `length:`",
     )
 
 
@@ -379,22 +381,22 @@ def test_hub_id_without_revision(root):
     text = message(root, model_path("openai-community/gpt2"))
     has(
         text,
-        "models.demo.revision: 'openai-community/gpt2' is taken for a Hugging Face model",
-        "without a revision",
+        "models.demo.revision: 'openai-community/gpt2' is read as a Hugging Face model",
+        "has no revision",
     )
     has(text, "set `revision:` to a commit", "so that results can be traced")
     text = message(root, data_path("org/texts"))
     has(
         text,
-        "datasets.python.revision: 'org/texts' is taken for a Hugging Face data set",
-        "without a revision",
+        "datasets.python.revision: 'org/texts' is read as a Hugging Face data set",
+        "has no revision",
     )
 
 
 @pytest.mark.parametrize("revision", ["main", "Main", "master", "HEAD", "refs/pr/1", "latest"])
 def test_revision_that_moves_is_refused(root, revision):
     text = message(root, model_path("openai-community/gpt2", revision=revision))
-    has(text, f"models.demo.revision: '{revision}' names whatever is newest", "a commit", "or a tag")
+    has(text, f"models.demo.revision: '{revision}' names the newest commit", "a commit", "or a tag")
 
 
 @pytest.mark.parametrize("revision", [COMMIT, "v1.0", "step143000"])
@@ -439,7 +441,7 @@ def test_data_file_of_unknown_format_and_directory(root):
     shutil.copy(root / "data/python.txt", root / "data/python.doc")
     has(
         message(root, data_path("data/python.doc")),
-        "a format that is not read",
+        "an unknown format",
         ".jsonl, .json, .parquet, .csv, .txt",
     )
     has(message(root, data_path("data")), "'data' is a directory", "name a file in it")
@@ -447,7 +449,7 @@ def test_data_file_of_unknown_format_and_directory(root):
 
 def test_template_is_checked(root):
     text = message(root, data_path("data/python.txt", text="{question Answer:"))
-    has(text, "datasets.python.text: '{' has no partner")
+    has(text, "datasets.python.text: '{' is not paired")
 
 
 # ------------------------------------------------------------------------------------------ model directories
@@ -459,7 +461,7 @@ def test_model_without_safetensors(root):
     has(text, "models.demo.path: models/demo: has no *.safetensors weights", "save_pretrained")
     (root / "models/demo/pytorch_model.bin").write_bytes(b"\x80\x04")
     text = message(root, lambda raw: None)
-    has(text, "pytorch_model.bin is a pickle, which can run code and is not read")
+    has(text, "pytorch_model.bin is a pickle, which can run code and is therefore not read")
 
 
 def test_model_without_config(root):
@@ -471,9 +473,11 @@ def test_model_without_config(root):
     ("text", "fact"),
     [
         ("{", "config.json: is not valid JSON"),
-        ("[]", "config.json: holds no JSON object"),
+        ("[]", "config.json: is not a JSON object"),
         ('{"model_type": "x"}', "config.json states no number of layers"),
         ('{"num_hidden_layers": 0}', "config.json states no number of layers"),
+        ('{"num_hidden_layers": 2000000}', "config.json states 2000000 layers, more than the 10000"),
+        ("[" * 200_000, "config.json: is not valid JSON (nested too deeply)"),
     ],
 )
 def test_model_with_a_bad_config(root, text, fact):
@@ -487,12 +491,15 @@ def test_damaged_weights(root):
     file.write_bytes(whole[:-3])
     has(
         message(root, lambda raw: None),
-        f"is truncated or padded: {len(whole) - 3} bytes",
-        f"says {len(whole)}",
+        f"is truncated or padded: it has {len(whole) - 3} bytes",
+        f"its header states {len(whole)}",
     )
     file.write_bytes(whole[:6])
-    has(message(root, lambda raw: None), "is truncated or no safetensors file")
+    has(message(root, lambda raw: None), "is truncated, or is not a safetensors file")
     file.write_bytes(whole[:8] + b"!" * (len(whole) - 8))
+    has(message(root, lambda raw: None), "has a damaged header")
+    nested = b"[" * 200_000
+    file.write_bytes(len(nested).to_bytes(8, "little") + nested)
     has(message(root, lambda raw: None), "has a damaged header")
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     has(message(root, lambda raw: None), "is a Git LFS pointer", "git lfs pull")
@@ -562,3 +569,25 @@ def test_every_key_is_documented():
             if "default" in value and not isinstance(value["default"], list | bool):
                 shown = "null" if value["default"] is None else str(value["default"])
                 assert f"| `{key}` | `{shown}` |" in text, key
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        '{"weight_map": {"w": "../other/model.safetensors"}}',
+        '{"weight_map": {"w": "/etc/passwd"}}',
+        '{"weight_map": {"w": 3}}',
+    ],
+)
+def test_an_index_names_files_of_its_own_directory(root, index):
+    (root / "models/demo/model.safetensors.index.json").write_text(index)
+    has(
+        message(root, lambda raw: None),
+        "model.safetensors.index.json: names the weight file",
+        "not a file of this",
+    )
+
+
+def test_an_index_that_is_not_one(root):
+    (root / "models/demo/model.safetensors.index.json").write_text("[" * 200_000)
+    has(message(root, lambda raw: None), "is not an index of weights (nested too deeply)")

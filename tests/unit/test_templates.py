@@ -41,15 +41,15 @@ def test_filled(template, text):
 @pytest.mark.parametrize(
     ("template", "fact"),
     [
-        ("{prompt", "'{' has no partner in '{prompt'"),
-        ("prompt}", "'}' has no partner"),
-        ("{a {b}}", "'{' has no partner"),
+        ("{prompt", "'{' is not paired in '{prompt'"),
+        ("prompt}", "'}' is not paired"),
+        ("{a {b}}", "'{' is not paired"),
         ("{}", "names no field"),
         ("{{prompt}}", "names no field"),
-        ("a[b", "'a[b' is no field"),
-        ("{[b]}", "'[b]' is no field"),
-        ("{a[]}", "'a[]' is no field"),
-        ("a[b]c", "'a[b]c' is no field"),
+        ("a[b", "'a[b' is not a field"),
+        ("{[b]}", "'[b]' is not a field"),
+        ("{a[]}", "'a[]' is not a field"),
+        ("a[b]c", "'a[b]c' is not a field"),
     ],
 )
 def test_not_understood(template, fact):

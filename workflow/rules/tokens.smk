@@ -1,4 +1,4 @@
-# The data set's file is no input: its path and its content's digest are in `spec`, whatever its date says.
+# The data file is not an input: its path and the digest of its content are in `spec`, so its date does not count.
 rule tokens:
     output:
         tokens=grid.tokens_path("{experiment}", "{model}", "{dataset}"),

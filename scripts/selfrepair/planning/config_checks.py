@@ -1,4 +1,4 @@
-"""What a schema cannot say of a configuration: names that must exist, files that must be there."""
+"""Checks of the configuration that a schema cannot express: names that must be defined, files that must exist."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from selfrepair.planning.spelling import did_you_mean
 from selfrepair.storage import checkpoints
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# These move: what they name today is not what they name tomorrow.
+# These names move to newer commits.
 _MOVING = ("main", "master", "head", "latest")
 _COMMIT = (
     "a commit (40 hexadecimal digits; on the hub's page of the repository under Files, History) or a tag"
@@ -20,12 +20,12 @@ _COMMIT = (
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Everything wrong with a configuration whose form is right."""
-    sound = set()  # models whose config.json can be asked for the number of layers
+    """Yield every problem of a configuration that the schema accepts."""
+    sound = set()  # models whose config.json states the number of layers
     for model in config.models.values():
-        found = list(_model(model))
-        yield from found
-        if not found:
+        of_model = list(_model(model))
+        yield from of_model
+        if not of_model:
             sound.add(model.name)
     for dataset in config.datasets.values():
         yield from _dataset(dataset)
@@ -36,7 +36,7 @@ def problems(config: Config) -> Iterator[Problem]:
 def _model(model: Model) -> Iterator[Problem]:
     key = f"models.{model.name}"
     if model.device == "mps":
-        what = "'mps' has no float64, in which a model is checked before it is measured"
+        what = "'mps' has no float64, which the self-test needs"
         yield Problem(f"{key}.device", what, "set `device: auto` or `device: cpu`.")
     if not model.local:
         yield from _hub(key, model.path, model.revision, "model")
@@ -70,11 +70,11 @@ def _dataset(dataset: Dataset) -> Iterator[Problem]:
     if path.is_dir():
         yield Problem(f"{key}.path", f"'{dataset.path}' is a directory", "name a file in it.")
     elif not path.exists():
-        remedy = f"correct the path, or put the file there. {_relative(dataset.root)}"
+        remedy = f"correct the path, or create the file. {_relative(dataset.root)}"
         yield Problem(f"{key}.path", f"there is no file '{dataset.path}'", remedy)
     elif path.suffix.lower() not in DATA_SUFFIXES:
-        remedy = f"convert or rename it: read are {', '.join(DATA_SUFFIXES)}."
-        yield Problem(f"{key}.path", f"'{dataset.path}' has a format that is not read", remedy)
+        remedy = f"convert or rename it; the formats are {', '.join(DATA_SUFFIXES)}."
+        yield Problem(f"{key}.path", f"'{dataset.path}' has an unknown format", remedy)
 
 
 def _hub(key: str, path: str, revision: str | None, kind: str) -> Iterator[Problem]:
@@ -82,18 +82,18 @@ def _hub(key: str, path: str, revision: str | None, kind: str) -> Iterator[Probl
         what = f"'{path}' is neither an existing path nor a possible Hugging Face id"
         yield Problem(f"{key}.path", what, "give a local path or an id such as openai-community/gpt2.")
     if revision is None:
-        what = (
-            f"'{path}' is taken for a Hugging Face {kind} (there is no such local path), without a revision"
-        )
+        what = f"'{path}' is read as a Hugging Face {kind} (there is no such local path), and has no revision"
         remedy = f"set `revision:` to {_COMMIT}, so that results can be traced; or correct a local path."
         yield Problem(f"{key}.revision", what, remedy)
     elif revision.lower() in _MOVING or revision.startswith("refs/"):
-        what = f"'{revision}' names whatever is newest, so results could not be traced"
+        what = f"'{revision}' names the newest commit, so results could not be traced"
         yield Problem(f"{key}.revision", what, f"give {_COMMIT}.")
 
 
 def _needless(key: str, path: str, kind: str) -> Problem:
-    return Problem(key, f"'{path}' is a local {kind}; this is for Hugging Face ids only", "remove the key.")
+    return Problem(
+        key, f"'{path}' is a local {kind}; this key is for Hugging Face ids only", "remove the key."
+    )
 
 
 def _relative(root: Path) -> str:
@@ -106,21 +106,21 @@ def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iter
         ("models", experiment.models, config.models),
         ("datasets", experiment.datasets, config.datasets),
     ):
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             if name not in known:
                 remedy = did_you_mean(name, known, f"`{kind}` has")
-                yield Problem(f"{key}.{kind}[{place}]", f"'{name}' is not among `{kind}`", remedy)
+                yield Problem(f"{key}.{kind}[{index}]", f"'{name}' is not among `{kind}`", remedy)
     yield from _ablations(key, experiment)
     if experiment.positions == "all" and experiment.length is None:
         yield Problem(
             f"{key}.length",
-            "null (whole prompts) cannot go with `positions: all`, where all prompts have the same length",
+            "null (whole prompts) cannot be combined with `positions: all`, where all prompts have the same length",
             "set `length:` to a number of tokens, or use `positions: last`.",
         )
     if experiment.target == "answer":
         for name in experiment.datasets:
             if name in config.datasets and config.datasets[name].answer is None:
-                what = f"'answer' needs the true answers, and data set '{name}' names no `answer` field"
+                what = f"'answer' needs the true answers, and data set '{name}' has no `answer` field"
                 remedy = f"set `datasets.{name}.answer:`, or use `target: argmax`."
                 yield Problem(f"{key}.target", what, remedy)
     for name in experiment.models:
@@ -129,13 +129,15 @@ def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iter
 
 
 def _ablations(key: str, experiment: Experiment) -> Iterator[Problem]:
-    for place, ablation in enumerate(experiment.ablations):
+    for index, ablation in enumerate(experiment.ablations):
         name = ablation.removeprefix("replace-")
         if ablation.startswith("replace-") and name not in experiment.datasets:
             what = f"'{ablation}': '{name}' is not among the data sets of this experiment"
             hint = did_you_mean(name, experiment.datasets, "Its `datasets` are")
-            remedy = f"{hint} Only these have a store to replace from: add it there, or change the name."
-            yield Problem(f"{key}.ablations[{place}]", what, remedy)
+            remedy = (
+                f"{hint} Replacement prompts come from these data sets: add it there, or change the name."
+            )
+            yield Problem(f"{key}.ablations[{index}]", what, remedy)
 
 
 def _layers(key: str, experiment: Experiment, model: Model) -> Iterator[Problem]:

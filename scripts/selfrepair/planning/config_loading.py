@@ -41,12 +41,12 @@ def raise_problems(problems: Iterable[Problem], file: str, lines: Mapping[str, i
     problems = list(problems)
     if not problems:
         return
-    places = [_with_line(problem.key, lines or {}) for problem in problems]
+    labels = [_with_line(problem.key, lines or {}) for problem in problems]
     if len(problems) == 1:
-        raise InputError(problems[0].what, where=f"{file}{places[0]}", remedy=problems[0].remedy)
+        raise InputError(problems[0].what, where=f"{file}{labels[0]}", remedy=problems[0].remedy)
     text = [f"{len(problems)} problems"]
-    for problem, place in zip(problems, places, strict=True):
-        text += [f"  - {place.lstrip(':, ')}: {problem.what}", f"    What to do: {problem.remedy}"]
+    for problem, label in zip(problems, labels, strict=True):
+        text += [f"  - {label.lstrip(':, ')}: {problem.what}", f"    What to do: {problem.remedy}"]
     raise InputError("\n".join(text), where=file)
 
 

@@ -1,4 +1,4 @@
-"""The configuration against its schema: problems in the user's words, and defaults."""
+"""The configuration schema: explains violations in plain words, and fills in defaults."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -27,12 +27,12 @@ _KINDS = {
 
 @cache
 def schema() -> dict[str, Any]:
-    """The schema, read once."""
+    """Return the schema as a dictionary."""
     return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
 
 
 def problems(raw: Any) -> list[Problem]:
-    """Everything in `raw` that the schema does not allow, in the order of the file."""
+    """Return everything in `raw` that the schema does not allow, in the order of the file."""
     odd = list(_unquoted_keys(raw, ()))
     if odd:  # the schema's own checks expect text keys
         return odd
@@ -71,7 +71,7 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[Problem]:
             if key not in value:
                 inner = schema_here["properties"].get(key, {})
                 remedy = f"add `{key}:`. {inner.get('description', '')}".strip()
-                # jsonschema reports each missing key by an error of its own
+                # jsonschema reports each missing key as a separate error
                 if error.message.startswith(repr(key)):
                     yield Problem(dotted(path), f"the key '{key}' is missing", remedy)
     elif "propertyNames" in error.absolute_schema_path:
@@ -83,7 +83,7 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[Problem]:
         if "string" in kinds and isinstance(value, int | float):
             remedy = f"put it in quotes. {meaning}"
         yield Problem(dotted(path), f"must be {wanted}, but is {_shown(value)}", remedy)
-    elif rule == "oneOf" and isinstance(value, list):  # the branch for lists says what is wrong with this one
+    elif rule == "oneOf" and isinstance(value, list):  # only the errors of the branch for lists are useful
         for inner in error.context or ():
             if inner.validator != "const":
                 yield from _explain(inner)
@@ -92,7 +92,7 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[Problem]:
             dotted(path), f"{_shown(value)} is not allowed here", _choices(rule, limit, value, meaning)
         )
     elif rule == "uniqueItems":
-        twice = [item for place, item in enumerate(value) if item in value[:place]]
+        twice = [item for index, item in enumerate(value) if item in value[:index]]
         yield Problem(dotted(path), f"{_shown(twice[0])} is listed more than once", "list it once.")
     elif rule in ("minItems", "minProperties"):
         yield Problem(dotted(path), "is empty", f"name at least one. {meaning}")
@@ -116,8 +116,8 @@ def _choices(rule: str, limit: Any, value: Any, meaning: str) -> str:
 
 
 def _meaning(path: tuple[Any, ...]) -> str:
-    # The description of the nearest key above: a list's items and a choice's branches have none of their own.
-    found, here = "", schema()
+    # The description of the nearest enclosing key: items of a list and branches of a choice have none.
+    description, here = "", schema()
     for part in path:
         here = _resolve(here)
         if isinstance(part, int):
@@ -126,8 +126,8 @@ def _meaning(path: tuple[Any, ...]) -> str:
             properties = here.get("properties", {})
             here = properties.get(part) or here.get("additionalProperties") or {}
         here = _resolve(here)
-        found = here.get("description", found)
-    return found or "see docs/config.md."
+        description = here.get("description", description)
+    return description or "see docs/config.md."
 
 
 def _resolve(part: Any) -> dict[str, Any]:
@@ -143,13 +143,13 @@ def _shown(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
-        return f"{str(value).lower()} (YAML reads on, yes and off, no so)"
+        return f"{str(value).lower()} (YAML reads on, yes, off and no as true or false)"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def with_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of a valid `raw` in which every key that the schema knows has a value."""
+    """Return a deep copy of a valid `raw` in which every key of the schema has a value."""
     return _fill(raw, schema())
 
 

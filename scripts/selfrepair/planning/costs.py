@@ -1,6 +1,6 @@
-"""What an experiment costs before it is run: rows, operations, bytes on disk and in memory.
+"""The costs of an experiment before it runs: rows, operations, bytes on disk and in memory.
 
-Estimates, to some ten per cent: lengths of prompts are averages, and small things are left out.
+Costs are accurate to about ten per cent: prompt lengths are means, and small terms are left out.
 """
 
 from dataclasses import dataclass

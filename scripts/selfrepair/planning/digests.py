@@ -1,8 +1,8 @@
-"""Digests of what results are computed from, so that a change of content is seen whatever the clock says.
+"""Content digests of data sets, models and tokenizers, so that a job reruns when the content of its inputs changes.
 
-Hashing gigabytes of weights at every start would be slow, so a file's hash is kept with its size, its times
-of modification and change and its inode, and taken again as soon as one of them differs. The change time
-cannot be set by `touch` or `cp -p`: a file replaced by one with an older date is noticed.
+Hashing gigabytes of weights at every start would be slow. A cache therefore keeps each file's hash with its size,
+modification time, change time and inode, and the file is hashed again as soon as one of them differs. `touch` and
+`cp -p` cannot set the change time, so a file replaced by one with an older date is noticed.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _TOKENIZER_FILES = (
     "*.model",  # sentencepiece
     "*.tiktoken",
 )
-# A file changed again within one tick of the file system's clock would keep its times: not trusted on disk.
+# A file that changes twice within one tick of the file system's clock keeps its times. Younger files are not cached.
 _SETTLED_SECONDS = 2.0
 
 _memory: dict[str, tuple[list[int], str]] = {}  # full path -> (signature, sha256)
@@ -39,7 +39,7 @@ _loaded: set[Path] = set()  # cache files that `_memory` already holds
 
 
 def dataset_digest(dataset: Dataset) -> str:
-    """What a data set holds: `sha256:...` of a file's content, `hub:id@revision` of a hub data set.
+    """Return `sha256:...` of a data file's content, or `hub:id@revision` of a hub data set.
 
     Raises InputError if the file cannot be read.
     """
@@ -49,36 +49,36 @@ def dataset_digest(dataset: Dataset) -> str:
 
 
 def model_digest(model: Model) -> str:
-    """What a model is: a hash over config.json and all weights, or `hub:id@revision`."""
+    """Return `sha256:...` over config.json and all weights of a model, or `hub:id@revision`."""
     if not model.local:
         return f"hub:{model.path}@{model.revision}"
     directory = Path(model.location)
     files = [directory / "config.json", *checkpoints.weight_files(directory)]
-    return f"sha256:{_together(_named(files, model.root))}"
+    return f"sha256:{_combined(_named(files, model.root))}"
 
 
 def tokenizer_digest(model: Model) -> str:
-    """What a model's tokenizer is: a hash over its files, or `hub:id@revision`."""
+    """Return `sha256:...` over a model's tokenizer files, or `hub:id@revision`."""
     if not model.local:
         return f"hub:{model.path}@{model.revision}"
     directory = Path(model.location)
     files = sorted({path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)})
-    # transformers picks the tokenizer's class by these where the tokenizer's own files name none.
+    # transformers picks the tokenizer's class by these keys if the tokenizer's own files name none.
     config = checkpoints.model_config(model.location)
     kind = [config.get("model_type"), config.get("tokenizer_class")]
-    return f"sha256:{_together({'': kind, **_named(files, model.root)})}"
+    return f"sha256:{_combined({'': kind, **_named(files, model.root)})}"
 
 
 def _named(files: list[Path], root: Path) -> dict[str, Any]:
     return {path.name: file_digest(path, root) for path in files}
 
 
-def _together(parts: dict[str, Any]) -> str:
+def _combined(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path, root: Path = Path(".")) -> str:
-    """SHA-256 of a file's content; remembered in memory and in `results/.cache/` under `root`.
+    """Return the SHA-256 of a file's content. Keeps it in memory and in `results/.cache/` under `root`.
 
     Raises InputError if the file cannot be read.
     """
@@ -92,10 +92,12 @@ def file_digest(path: Path, root: Path = Path(".")) -> str:
             return known[1]
         digest = contents.file_sha256(path)
         if _signature(path) != signature:
-            remedy = "let whatever writes the file finish, then run the same command again."
+            remedy = (
+                "wait until the program that writes the file has finished, then run the same command again."
+            )
             raise InputError("was changed while it was being read", where=str(path), remedy=remedy)
     except OSError as error:
-        remedy = "check that the file is there and readable."
+        remedy = "check that the file exists and is readable."
         raise InputError(f"cannot be read ({error.strerror})", where=str(path), remedy=remedy) from error
     _memory[key] = (signature, digest)
     if time.time() - max(signature[1], signature[2]) / 1e9 > _SETTLED_SECONDS:
@@ -111,7 +113,7 @@ def _signature(path: Path) -> list[int]:
 def _read(cache: Path) -> dict[str, Any]:
     try:
         entries = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no cache, or a damaged one: everything is hashed again
+    except (OSError, ValueError):  # no cache, or a damaged one: all files are hashed again
         return {}
     return entries if isinstance(entries, dict) else {}
 
@@ -127,6 +129,8 @@ def _load(cache: Path) -> None:
 
 
 def _save(cache: Path, key: str) -> None:
-    # Two processes may save at once; the loser's entry is merely hashed again next time.
-    with contextlib.suppress(InputError, OSError):  # a read-only results/ costs time, not correctness
+    # If two processes save at once, one entry is lost, and its file is hashed again next time.
+    with contextlib.suppress(
+        InputError, OSError
+    ):  # with a read-only results/ every run hashes the files again
         atomic.write_text(cache, json.dumps({**_read(cache), key: list(_memory[key])}, indent=0))

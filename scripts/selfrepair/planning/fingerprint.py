@@ -1,8 +1,8 @@
-"""Digests of the code a result depends on, so that a change of logic reruns exactly the jobs it touches.
+"""Digests of the code that a result depends on, so that a change of logic reruns exactly the jobs that use it.
 
-Snakemake watches a rule's script, but no module that the script imports. So each rule carries, as a
-parameter, the digest of every module of this package its stage can import. Syntax trees are hashed, not text:
-comments, docstrings and formatting do not count. Neither does the package's version number.
+Snakemake compares a rule's script, but not the modules that the script imports. Each rule therefore has, as a
+parameter, the digest of every module of this package that its stage can import. The digest is over syntax trees:
+comments, docstrings and formatting do not count, nor does the package's version number.
 """
 
 import ast
@@ -17,33 +17,32 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def code_digest(modules: Iterable[str], package: Path = PACKAGE) -> str:
-    """SHA-256 over the logic of `modules` (dotted names within `package`) and of all they import from it.
+    """Return the SHA-256 over the logic of `modules` (dotted names) and of everything they import from `package`.
 
-    A package's data files (templates, style sheets) count as part of it. Raises ValueError for a module that
-    does not exist.
+    The data files of a package (templates, style sheets) are part of it. Raises ValueError for an unknown module.
     """
     return _digest(frozenset().union(*(import_closure(module, package) for module in modules)), package)
 
 
 def import_closure(module: str, package: Path = PACKAGE) -> frozenset[str]:
-    """Every module of `package` that importing and running `module` may import, itself included.
+    """Return every module of `package` that importing and running `module` can import, `module` included.
 
-    Imports inside functions count, and so do those for annotations only: an object handed in as a parameter
-    brings its class's code with it. Imports by a computed name are not seen.
+    Imports inside functions count, and so do imports for annotations only: an object passed as an argument brings
+    the code of its class. Imports by a computed name are not detected.
     """
-    found: set[str] = set()
+    closure: set[str] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in closure:
             continue
         if _source(name, package) is None:
             raise ValueError(f"no module {name} in {package}")
-        found.add(name)
+        closure.add(name)
         waiting += _imports(name, package)
-        if "." in name:  # importing a module runs the packages around it
+        if "." in name:  # importing a module runs the __init__.py of its packages
             waiting.append(name.rpartition(".")[0])
-    return frozenset(found)
+    return frozenset(closure)
 
 
 def _source(module: str, package: Path) -> Path | None:
@@ -63,7 +62,7 @@ def _imports(module: str, package: Path) -> list[str]:
     names: list[str] = []
     for level, base, imported in _parsed(source, source.stat().st_mtime_ns).imports:
         start = ".".join([*parts[: len(parts) - level + 1], *([base] if base else [])]) if level else base
-        # What follows `import` in `from x import y` is a module or a name inside one: the files decide.
+        # In `from x import y`, y is a module or a name in one. The existence of a file decides.
         names += [start, *(f"{start}.{name}" for name in imported)]
     return [name for name in names if _source(name, package) is not None]
 
@@ -82,25 +81,25 @@ def _digest(modules: frozenset[str], package: Path) -> str:
 
 
 def _data_files(directory: Path) -> list[Path]:
-    """The files of a package other than modules; its sub-packages look after their own."""
-    found: list[Path] = []
+    """Return the files of a package that are not modules, without those of its sub-packages."""
+    files: list[Path] = []
     for path in sorted(directory.iterdir()):
         if path.is_dir():
             if path.name != "__pycache__" and not (path / "__init__.py").exists():
-                found += _data_files(path)
+                files += _data_files(path)
         elif path.suffix not in {".py", ".pyc"} and not path.name.startswith("."):
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 class _Parsed(NamedTuple):
-    logic: str  # digest of the syntax tree, without places, comments, docstrings and version number
+    logic: str  # digest of the syntax tree without line numbers, comments, docstrings and the version number
     imports: list[tuple[int, str, list[str]]]  # leading dots, module, names
 
 
 @functools.cache
 def _parsed(source: Path, changed: int) -> _Parsed:
-    # `changed`, the time of the last change, is there for the cache.
+    # `changed`, the time of the last change, is part of the cache's key.
     tree = ast.parse(source.read_bytes(), filename=os.fspath(source))
     imports: list[tuple[int, str, list[str]]] = []
     for node in ast.walk(tree):

@@ -1,7 +1,7 @@
-"""The grid of an experiment and the grammar of `results/`: which cells there are, and where each file lies.
+"""The cells of an experiment, and the paths of all files of `results/`.
 
-Path functions take names or Snakemake's `{wildcards}` alike and give paths relative to the repository root.
-Planning asks these questions once per cell, so nothing here reads a file twice.
+Path functions accept names or Snakemake's `{wildcards}`. They return paths relative to the working directory.
+Planning calls these functions once per cell, so no file is read twice.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ ONE_DRAW = ("zero", "mean", CONTROL)  # nothing is drawn for these
 
 
 class Cell(NamedTuple):
-    """One file of effects: every source prompt of a data set, one ablation, one layer."""
+    """One file of effects: all source prompts of a data set, one ablation, one layer."""
 
     experiment: str
     model: str
@@ -28,13 +28,13 @@ class Cell(NamedTuple):
 
 @cache
 def n_layers(model: Model) -> int:
-    """Number of layers L of a model, from its config.json (fetched once for a hub id)."""
+    """Return the number of layers of a model, from its config.json (downloaded once for a hub id)."""
     return checkpoints.n_layers(model.location, model.revision)
 
 
 @cache
 def ablations(experiment: Experiment) -> tuple[str, ...]:
-    """The experiment's ablations in order, `replace` expanded to one per data set, the control last."""
+    """Return the experiment's ablations in order, `replace` as one per data set, the control last."""
     names: dict[str, None] = {}
     for ablation in experiment.ablations:
         if ablation == "replace":
@@ -46,22 +46,22 @@ def ablations(experiment: Experiment) -> tuple[str, ...]:
 
 @cache
 def layers(experiment: Experiment, model: Model) -> tuple[int, ...]:
-    """The layers that the experiment ablates in `model`, ascending."""
+    """Return the layers that the experiment ablates in `model`, ascending."""
     return tuple(range(n_layers(model))) if experiment.layers is None else experiment.layers
 
 
 def draws(experiment: Experiment, ablation: str) -> int:
-    """Rows per source prompt and component: R, or 1 where nothing is drawn."""
+    """Return the rows per source prompt and component: R, or 1 for an ablation without draws."""
     return 1 if ablation in ONE_DRAW else experiment.draws
 
 
 def replacement_dataset(ablation: str) -> str | None:
-    """X of `replace-X`; None for every other ablation."""
+    """Return X for `replace-X`, None for every other ablation."""
     return ablation.removeprefix("replace-") if ablation.startswith("replace-") else None
 
 
 def cells(config: Config) -> Iterator[Cell]:
-    """Every cell of every experiment, the control's included."""
+    """Yield every cell of every experiment, including those of the control."""
     for experiment in config.experiments.values():
         for name in experiment.models:
             chosen = layers(experiment, config.models[name])
@@ -72,75 +72,75 @@ def cells(config: Config) -> Iterator[Cell]:
 
 
 def base(experiment: str, model: str) -> str:
-    """The folder of one model in one experiment."""
+    """Return the directory of one model in one experiment."""
     return f"{RESULTS}/{experiment}/{model}"
 
 
 def tokens_path(experiment: str, model: str, dataset: str) -> str:
-    """The kept prompts of a data set."""
+    """Return the path of the kept prompts of a data set."""
     return f"{base(experiment, model)}/tokens/{dataset}.parquet"
 
 
 def activations_path(experiment: str, model: str, dataset: str, layer: int | str) -> str:
-    """The stored contributions of one layer on a data set's store prompts."""
+    """Return the path of one layer's contributions on a data set's store prompts."""
     return f"{base(experiment, model)}/activations/{dataset}/layer={layer}.safetensors"
 
 
 def activations_paths(experiment: str, model: str, dataset: str, count: int) -> list[str]:
-    """The stored contributions of all `count` layers, from layer 0."""
+    """Return the paths of the stored contributions of layers 0 to `count` - 1."""
     return [activations_path(experiment, model, dataset, layer) for layer in range(count)]
 
 
 def std_path(experiment: str, model: str) -> str:
-    """Moments of the contributions over all data sets of the experiment."""
+    """Return the path of the moments of the contributions over all data sets of the experiment."""
     return f"{base(experiment, model)}/std.safetensors"
 
 
 def clean_path(experiment: str, model: str, dataset: str) -> str:
-    """The clean run of a data set's source prompts."""
+    """Return the path of the clean run of a data set's source prompts."""
     return f"{base(experiment, model)}/clean/{dataset}.parquet"
 
 
 def effects_path(experiment: str, model: str, source: str, ablation: str, layer: int | str) -> str:
-    """One cell."""
+    """Return the path of one cell."""
     return f"{base(experiment, model)}/effects/source={source}/ablation={ablation}/layer={layer}.parquet"
 
 
 def cell_path(cell: Cell) -> str:
-    """The file of `cell`."""
+    """Return the path of `cell`."""
     return effects_path(*cell)
 
 
 def numerics_path(experiment: str, model: str) -> str:
-    """Closure error, ledger error and noise floor per data set."""
+    """Return the path of the closure error, ledger error and noise floor per data set."""
     return f"{base(experiment, model)}/numerics.parquet"
 
 
 def layers_path(experiment: str, model: str) -> str:
-    """The summary by ablated layer."""
+    """Return the path of the summary by ablated layer."""
     return f"{base(experiment, model)}/summary/layers.parquet"
 
 
 def downstream_path(experiment: str, model: str) -> str:
-    """The summary by ablated and downstream component."""
+    """Return the path of the summary by ablated and downstream component."""
     return f"{base(experiment, model)}/summary/downstream.parquet"
 
 
 def figure_path(experiment: str, model: str, figure: str, suffix: str) -> str:
-    """A figure (`suffix` html, svg, png) or its data (parquet)."""
+    """Return the path of a figure (`suffix` html, svg, png) or of its data (parquet)."""
     return f"{base(experiment, model)}/figures/{figure}.{suffix}"
 
 
 def report_path(experiment: str, model: str) -> str:
-    """The report on one model."""
+    """Return the path of the report on one model."""
     return f"{base(experiment, model)}/report.html"
 
 
 def crossmodel_report_path(experiment: str) -> str:
-    """The report that compares the experiment's models."""
+    """Return the path of the report that compares the experiment's models."""
     return f"{RESULTS}/{experiment}/report.html"
 
 
 def log_path(experiment: str, model: str, rule: str, names: Iterable[str] = ()) -> str:
-    """The log of a job: `rule`, then what tells its jobs apart."""
+    """Return the path of a job's log. `names` identify the job among those of its rule."""
     return "/".join((f"{base(experiment, model)}/logs", rule, *names)) + ".log"

@@ -1,4 +1,4 @@
-"""How large a model is, from its config.json and the headers of its weights; nothing is loaded."""
+"""The size of a model, from its config.json and the headers of its weights. Loads no weights."""
 
 import json
 import math
@@ -21,15 +21,15 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Size:
-    """A model in numbers."""
+    """Numbers that costs follow from."""
 
     parameters: int
-    embeddings: int  # those of the parameters that are the token embedding or the unembedding
+    embeddings: int  # parameters of the token embedding and the unembedding
     layers: int
     width: int  # d_model
-    keys_values: int  # numbers that a token's keys and values take, per layer
+    keys_values: int  # numbers in the keys and values of one token, per layer
     vocabulary: int
-    item: int  # bytes of a number in the precision it is run in
+    item: int  # bytes of a number in the model's dtype
 
     @property
     def weights(self) -> int:
@@ -38,13 +38,13 @@ class Size:
 
     @property
     def per_layer(self) -> float:
-        """Parameters of one layer, on average."""
+        """Mean number of parameters of a layer."""
         return (self.parameters - self.embeddings) / self.layers
 
 
 @cache
 def size_of(model: Model) -> Size:
-    """The size of a model: of a directory exactly, of a hub id from its config.json alone.
+    """Return the size of a model: exact for a directory, estimated from config.json for a hub id.
 
     Raises InputError if config.json or the weights' headers cannot be read.
     """
@@ -63,7 +63,7 @@ def size_of(model: Model) -> Size:
         embeddings = sum(math.prod(shape) for shape in shapes if len(shape) == 2 and vocabulary in shape)
     else:
         experts = find(config, _EXPERTS) or 1
-        # Attention's four projections, and the three of a gated MLP (two in older ones: on the safe side).
+        # Four projections of attention, and three of a gated MLP (older models have two, so this is an upper bound).
         block = width * (2 * heads * head + keys_values) + 3 * width * inner * experts
         embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings", True) else 2)
         parameters = layers * block + embeddings
@@ -71,9 +71,9 @@ def size_of(model: Model) -> Size:
 
 
 def _shapes(directory: Path) -> list[list[int]]:
-    found = []
+    shapes: list[list[int]] = []
     for file in checkpoints.weight_files(directory):
         with open(file, "rb") as weights:
             header: dict[str, Any] = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
-        found += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return found
+        shapes += [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return shapes

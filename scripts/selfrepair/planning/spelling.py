@@ -1,17 +1,17 @@
-"""Help with mistyped words."""
+"""Suggestions for mistyped words."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word most like `word`, if any is."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Return the known word most similar to `word`, None if none is similar."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def did_you_mean(word: str, known: Iterable[str], label: str) -> str:
-    """A remedy that offers the nearest of the `known` words and lists them all."""
+    """Return a remedy that suggests the nearest of the `known` words and lists them all."""
     known = list(known)
     close = nearest(word, known)
     hint = f"did you mean '{close}'? " if close else ""

@@ -1,4 +1,4 @@
-"""Where a prompt's text is in a record: a field, a nested field, or a template over fields.
+"""Templates that build a prompt's text from a record: a field, a nested field, or a text with fields in braces.
 
 text                                     the field `text`
 requested_rewrite[target_true][str]      nested fields (lists by number: answers[0])
@@ -19,11 +19,11 @@ _FIELD = re.compile(r"[^\[\]]+(\[[^\[\]]+\])*")
 
 
 class TemplateError(ValueError):
-    """A template that cannot be understood; the message says why."""
+    """A template that cannot be parsed. The message gives the reason."""
 
 
 class FieldError(ValueError):
-    """A record that lacks what a template asks for."""
+    """A record that lacks a field of the template."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what)
@@ -35,7 +35,7 @@ class Template:
     """A parsed `text`, `answer` or `subject`."""
 
     pieces: tuple[str | tuple[str, ...], ...]  # literal text, or the path of a field
-    plain: bool  # one field and nothing else: its value must be text
+    plain: bool  # a single field, whose value must be text
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class Template:
 
 @cache
 def parse(text: str) -> Template:
-    """Understand a field name or template. Raises TemplateError."""
+    """Return the parsed field name or template. Raises TemplateError."""
     if "{" not in text and "}" not in text:
         return Template((_path(text),), plain=True)
     pieces: list[str | tuple[str, ...]] = []
@@ -53,34 +53,34 @@ def parse(text: str) -> Template:
         piece, field = match.group(), match.group(1)
         if piece in ("{{", "}}"):
             pieces.append(piece[0])
-        elif piece == "{}":  # stays, for the subject to take
+        elif piece == "{}":  # kept, for the subject
             pieces.append(piece)
         elif field is not None:
             pieces.append(_path(field))
         elif piece in ("{", "}"):
-            raise TemplateError(f"'{piece}' has no partner in '{text}' (a literal brace is written twice)")
+            raise TemplateError(f"'{piece}' is not paired in '{text}' (a literal brace is written twice)")
         else:
             pieces.append(piece)
     if not any(isinstance(piece, tuple) for piece in pieces):
-        raise TemplateError(f"'{text}' names no field, so all prompts would be the same")
+        raise TemplateError(f"'{text}' names no field, so all prompts would be equal")
     return Template(tuple(pieces), plain=False)
 
 
 def _path(field: str) -> tuple[str, ...]:
     field = field.strip()
     if not _FIELD.fullmatch(field):
-        raise TemplateError(f"'{field}' is no field: write name, or name[inner] for a nested one")
+        raise TemplateError(f"'{field}' is not a field: write name, or name[inner] for a nested field")
     root, *inner = field.replace("]", "").split("[")
     return (root, *inner)
 
 
 def fill(template: Template, record: Mapping[str, Any]) -> str | None:
-    """The template's text for one record; None if it is a plain field that holds null.
+    """Return the template's text for one record, None if the template is a single field that holds null.
 
-    Numbers are written out in a template of several pieces, but a plain field must hold text: a column of
-    numbers in its place is more likely the wrong column.
+    A template of several pieces writes numbers as text. A single field must hold text: a column of numbers is more
+    likely the wrong column.
 
-    Raises FieldError: a field is missing, or holds something that is no text.
+    Raises FieldError if a field is missing or holds something that is not text.
     """
     if template.plain:
         (path,) = template.pieces
@@ -104,34 +104,34 @@ def _written(value: Any, path: tuple[str, ...]) -> str:
 
 
 def _look_up(record: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    if len(path) > 1 and shown(path) in record:  # a column that is really called so
+    if len(path) > 1 and shown(path) in record:  # a column with this literal name
         return record[shown(path)]
     value: Any = record
-    for place, part in enumerate(path):
+    for depth, part in enumerate(path):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
         elif _is_list(value) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
-            raise _missing(value, path, place)
+            raise _missing(value, path, depth)
     return value
 
 
-def _missing(value: Any, path: tuple[str, ...], place: int) -> FieldError:
-    part, above = path[place], shown(path[:place])
-    within = f" in '{above}'" if above else ""
+def _missing(value: Any, path: tuple[str, ...], depth: int) -> FieldError:
+    part, parent = path[depth], shown(path[:depth])
+    within = f" in '{parent}'" if parent else ""
     if isinstance(value, Mapping):
         remedy = did_you_mean(part, [str(key) for key in value], f"The fields{within or ' here'} are")
     elif _is_list(value):
-        remedy = f"'{above}' is a list of {len(value)}: use a number below that."
+        remedy = f"'{parent}' is a list of {len(value)} items: use a smaller number."
     else:
-        remedy = f"'{above}' holds {_kind(value)}, with no fields in it."
+        remedy = f"'{parent}' holds {_kind(value)}, which has no fields."
     return FieldError(f"there is no field '{part}'{within}", remedy)
 
 
 def shown(path: Sequence[str]) -> str:
-    """A field's path as it is written in the configuration."""
-    return "".join(part if place == 0 else f"[{part}]" for place, part in enumerate(path))
+    """Return a field's path as the configuration writes it."""
+    return "".join(part if depth == 0 else f"[{part}]" for depth, part in enumerate(path))
 
 
 def _is_list(value: Any) -> bool:
