@@ -1,4 +1,9 @@
-"""Ablate one layer for every prompt of a source: one cell."""
+"""Write one cell: ablate one layer in every prompt of a source.
+
+Stage: selfrepair/jobs/stages/effects.py. Equations: selfrepair/effects/equations.py; direct effect u(x):
+selfrepair/models/readout.py. Replacement values: selfrepair/effects/ablations.py. Parameters that make a cell stale:
+`Plan.effects` in selfrepair/planning/plan.py.
+"""
 
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.submit import submit
