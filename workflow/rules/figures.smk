@@ -7,6 +7,7 @@ for place, (names, experiments) in enumerate(PLAN.figure_sets().items()):
         input:
             layers=grid.layers_path("{experiment}", "{model}"),
             downstream=grid.downstream_path("{experiment}", "{model}"),
+            verdicts=grid.verdicts_path("{experiment}", "{model}"),
             numerics=grid.numerics_path("{experiment}", "{model}"),
             clean=PLAN.clean_of,
             cells=PLAN.cells_of,

@@ -3,6 +3,7 @@ rule report:
         figures=PLAN.figures_of,
         layers=grid.layers_path("{experiment}", "{model}"),
         downstream=grid.downstream_path("{experiment}", "{model}"),
+        verdicts=grid.verdicts_path("{experiment}", "{model}"),
         numerics=grid.numerics_path("{experiment}", "{model}"),
         clean=PLAN.clean_of,
         tokens=PLAN.tokens_of,
@@ -21,6 +22,7 @@ rule report:
 rule crossmodel:
     input:
         layers=PLAN.layers_of,
+        verdicts=PLAN.verdicts_of,
         numerics=PLAN.numerics_of,
     output:
         report=grid.crossmodel_report_path("{experiment}"),

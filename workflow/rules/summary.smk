@@ -6,6 +6,7 @@ rule summary:
         numerics=grid.numerics_path("{experiment}", "{model}"),
         layers=grid.layers_path("{experiment}", "{model}"),
         downstream=grid.downstream_path("{experiment}", "{model}"),
+        verdicts=grid.verdicts_path("{experiment}", "{model}"),
     log:
         grid.log_path("{experiment}", "{model}", "summary"),
     conda:

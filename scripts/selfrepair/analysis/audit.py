@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from selfrepair.analysis.cells import CONTRIBUTIONS, CONTROL, Cell, downstream_of
+from selfrepair.analysis.cells import CONTROL, Cell, downstream_mask
+from selfrepair.planning.sites import COMPONENTS
 
 LEDGER_TOLERANCE = 1e-3  # of the effects' rms
 # The same where the residual stream itself has 16 bits: each of its sums is rounded, the contributions are not.
@@ -69,10 +70,10 @@ class Audit:
             self.ledger_row = cell.row(*map(int, place))
 
         sums = cell.downstream.sum(-1, dtype=np.float64)
-        for half, name in enumerate(CONTRIBUTIONS):
+        for half, name in enumerate(COMPONENTS):
             self._worst_downstream(sums[..., half] - values[f"compensation_{name}"])
         for index, component in enumerate(cell.components):
-            below = downstream_of(cell.layer, component, cell.downstream.shape[-1], parallel=parallel)
+            below = downstream_mask(cell.layer, component, cell.downstream.shape[-1], parallel=parallel)
             self._worst_downstream(cell.downstream[index][:, :, ~below])
 
         control, squares = cell.ablation == CONTROL, self._squares[cell.ablation == CONTROL]

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from selfrepair.effects import columns
 from selfrepair.errors import DamagedFileError, InputError
+from selfrepair.planning.sites import COMPONENTS, Site, is_downstream
 from selfrepair.storage import schemas, tables
 
 Floats = NDArray[np.float32]
-CONTRIBUTIONS = ("attn", "mlp")
 CONTROL = "self"  # a contribution replaced by itself: the noise floor, not an ablation
-FLOATS = columns.names(columns.EFFECT, columns.LOGIT)
+# Columns that are read as arrays. All must be finite, except the nullable ones: null is NaN there.
+VALUES = columns.names(columns.EFFECT, columns.DIAGNOSTIC)
+FLOATS = (*VALUES, *columns.names(columns.LOGIT))
 _KEYS = ("experiment", "model", "source", "ablation")
 
 
@@ -32,7 +34,8 @@ class Cell:
     components: tuple[str, ...]  # sorted
     prompts: NDArray[np.int32]  # (prompt,) ids, ascending
     draws: NDArray[np.int16]  # (draw,) ascending
-    values: dict[str, Floats]  # per column of columns.EFFECT_COLUMNS: (component, prompt, draw)
+    values: dict[str, Floats]  # per column of VALUES: (component, prompt, draw)
+    replacement: NDArray[np.int32] | None  # (component, prompt, draw) ids; None where nothing is drawn from a store
     downstream: Floats  # (component, prompt, draw, 2 = attention and MLP, layer)
     correct: NDArray[np.bool_] | None  # (prompt,)
 
@@ -69,7 +72,8 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
     floats = {name: table[name].to_numpy() for name in FLOATS}
     lists = {name: _matrix(path, name, table[name]) for name in ("downstream_attn", "downstream_mlp")}
     for name, values in (floats | lists).items():
-        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        allowed = columns.COLUMNS[name].nullable
+        finite = (~np.isinf(values) if allowed else np.isfinite(values)).reshape(len(values), -1).all(1)
         if not finite.all():
             row = int(np.argmin(finite))
             raise InputError(
@@ -96,7 +100,8 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
         components=tuple(map(str, components)),
         prompts=prompts,
         draws=draws,
-        values={name: floats[name][order].reshape(shape) for name in columns.EFFECT_COLUMNS},
+        values={name: floats[name][order].reshape(shape) for name in VALUES},
+        replacement=_replacement(path, table["replacement"], order, shape),
         downstream=np.stack([lists[name][order].reshape(*shape, -1) for name in lists], axis=-2),
         correct=_correct(path, table["correct"], order, shape),
     )
@@ -121,15 +126,15 @@ def read_clean(path: str | os.PathLike[str]) -> pa.Table:
     return table
 
 
-def downstream_of(layer: int, component: str, layers: int, *, parallel: bool) -> NDArray[np.bool_]:
-    """Which contributions lie below an ablation, (2 = attention and MLP, layer).
-
-    An attention ablation also changes its own layer's MLP, unless both read the same residual stream.
-    """
-    index = np.arange(layers)
-    below = np.stack([index > layer, index > layer])
-    below[1, layer] = component == "attn" and not parallel
-    return below
+def downstream_mask(layer: int, component: str, layers: int, *, parallel: bool) -> NDArray[np.bool_]:
+    """Return which contributions lie downstream of an ablated one, (2 = attention and MLP, layer)."""
+    ablated = Site(layer, component)
+    return np.array(
+        [
+            [is_downstream(Site(other, half), ablated, parallel=parallel) for other in range(layers)]
+            for half in COMPONENTS
+        ]
+    )
 
 
 def _verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
@@ -165,6 +170,16 @@ def _matrix(path: str | os.PathLike[str], name: str, column: pa.ChunkedArray) ->
     if len(lengths) != 1 or not lengths[0]:
         raise _damaged(path, f"the lists of {name} should have one entry per layer, and have {lengths[:5]}")
     return pc.list_flatten(column).to_numpy().reshape(len(column), lengths[0])
+
+
+def _replacement(
+    path: str | os.PathLike[str], column: pa.ChunkedArray, order: NDArray[np.intp], shape: tuple[int, ...]
+) -> NDArray[np.int32] | None:
+    if column.null_count == len(column):
+        return None
+    if column.null_count:
+        raise _damaged(path, "`replacement` is set in some rows and null in others")
+    return column.to_numpy()[order].reshape(shape)
 
 
 def _correct(

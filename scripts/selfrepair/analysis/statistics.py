@@ -26,11 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from selfrepair.analysis.thresholds import LEVEL, MIN_PROMPTS, RESAMPLES
+
 Array = NDArray[np.float64]
 
-LEVEL = 0.95
-RESAMPLES = 2000
-MIN_PROMPTS = 3  # below, neither an interval nor a line through the points means anything
 _BLOCK = 512  # resamples whose counts are expanded to float64 at once
 
 
@@ -165,16 +164,3 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator; NaN where the denominator is 0. Never -0."""
     safe = np.where(denominator == 0, np.nan, denominator)
     return np.asarray(numerator / safe + 0.0)
-
-
-def monte_carlo_error(values: Array) -> tuple[float, float]:
-    """Standard error of mean(values) due to a finite number of draws: (prompt, draw) -> (R draws, one draw).
-
-    Draws of different prompts are independent, so the variance of the mean over n prompts is the mean
-    variance within a prompt over n R. NaN with one draw: the spread between draws is then unknown.
-    """
-    prompts, draws = values.shape
-    if draws < 2:
-        return np.nan, np.nan
-    within = float(values.var(1, ddof=1).mean())
-    return float(np.sqrt(within / (prompts * draws))), float(np.sqrt(within / prompts))

@@ -14,8 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from selfrepair.analysis.cells import CONTRIBUTIONS, Cell, downstream_of
-from selfrepair.analysis.statistics import MIN_PROMPTS, Array, Bootstrap, Pairs, monte_carlo_error, ratio
+from selfrepair.analysis.cells import Cell, downstream_mask
+from selfrepair.analysis.crossed import Design
+from selfrepair.analysis.schema import KEYS, NAME, with_interval
+from selfrepair.analysis.statistics import Array, Bootstrap, Pairs, ratio
+from selfrepair.analysis.thresholds import MIN_PROMPTS
+from selfrepair.effects.columns import EFFECT_COLUMNS
+from selfrepair.planning.sites import COMPONENTS
 
 # A subset of the prompts -> (their places, their resamples); the same for every cell of a source, so that
 # layers, components and ablations are compared on the same resamples.
@@ -30,33 +35,24 @@ MEANS = (
     "compensation",
     "norm_effect",
 )
-_NAME = pa.dictionary(pa.int32(), pa.string())
-_KEYS: list[tuple[str, pa.DataType]] = [
-    (name, _NAME) for name in ("experiment", "model", "source", "ablation")
-]
-_KEYS += [("layer", pa.int16()), ("component", _NAME)]
-
-
-def _with_interval(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_low", f"{name}_high"
 
 
 STATISTICS = (
     *(f"{name}_{what}" for name in MEANS for what in ("mean", "median", "low", "high")),
-    *_with_interval("correlation"),  # Pearson, of delta_unembed and drop (McGrath et al. Fig. 2d)
-    *_with_interval("share_above"),  # share of prompts with delta_unembed > drop (Fig. 2d)
-    *_with_interval("slope"),  # least squares of compensation on direct effect (Fig. 7)
+    *with_interval("correlation"),  # Pearson, of delta_unembed and drop (McGrath et al. Fig. 2d)
+    *with_interval("share_above"),  # share of prompts with delta_unembed > drop (Fig. 2d)
+    *with_interval("slope"),  # least squares of compensation on direct effect (Fig. 7)
     *("intercept", "r2"),
-    *(f"{what}_{half}" for half in CONTRIBUTIONS for what in ("slope", "intercept", "r2")),
-    *_with_interval("restoration"),  # -mean(compensation) / mean(direct_effect)
-    *_with_interval("restoration_total"),  # 1 - mean(delta_ablate) / mean(direct_effect)
+    *(f"{what}_{half}" for half in COMPONENTS for what in ("slope", "intercept", "r2")),
+    *with_interval("restoration"),  # -mean(compensation) / mean(direct_effect)
+    *with_interval("restoration_total"),  # 1 - mean(delta_ablate) / mean(direct_effect)
     *("share_attn", "share_mlp", "share_norm"),  # of compensation + norm_effect
     *("mc_error", "mc_error_one_draw"),
 )
 LAYERS = pa.schema(
     [
-        *_KEYS,
-        ("subset", _NAME),  # all | correct
+        *KEYS,
+        ("subset", NAME),  # all | correct
         ("prompts", pa.int32()),
         ("draws", pa.int16()),
         *((name, pa.float64()) for name in STATISTICS),
@@ -64,9 +60,9 @@ LAYERS = pa.schema(
 )
 DOWNSTREAM = pa.schema(
     [
-        *_KEYS,
+        *KEYS,
         ("downstream_layer", pa.int16()),
-        ("downstream_component", _NAME),
+        ("downstream_component", NAME),
         ("prompts", pa.int32()),
         ("mean_change", pa.float64()),  # logits, of the contribution's direct effect
         ("low", pa.float64()),
@@ -79,7 +75,7 @@ DOWNSTREAM = pa.schema(
 
 def layer_rows(cell: Cell, subsets: Subsets) -> list[dict[str, Any]]:
     """Rows of summary/layers.parquet for one cell: one per component and subset."""
-    per_prompt = {name: values.mean(-1, dtype=np.float64).T for name, values in cell.values.items()}
+    per_prompt = {name: cell.values[name].mean(-1, dtype=np.float64).T for name in EFFECT_COLUMNS}
     rows = []
     for subset, (places, bootstrap) in subsets.items():
         enough = len(places) >= (MIN_PROMPTS if subset == "correct" else 1)
@@ -94,7 +90,9 @@ def layer_rows(cell: Cell, subsets: Subsets) -> list[dict[str, Any]]:
             if enough:
                 row |= {name: values[index] for name, values in statistics.items()}
                 draws = cell.values["delta_ablate"][index][places].astype(np.float64)
-                row["mc_error"], row["mc_error_one_draw"] = monte_carlo_error(draws)
+                replacement = None if cell.replacement is None else cell.replacement[index][places]
+                design = Design(*draws.shape, replacement)
+                row["mc_error"], row["mc_error_one_draw"] = design.monte_carlo_error(draws)
             rows.append(row)
     return rows
 
@@ -104,7 +102,7 @@ def _statistics(
     bootstrap: Bootstrap,
 ) -> dict[str, Array]:  # (component,) per statistic, the Monte-Carlo errors excepted
     drop = -effects["delta_ablate"]
-    halves = [effects[f"compensation_{half}"] for half in CONTRIBUTIONS]
+    halves = [effects[f"compensation_{half}"] for half in COMPONENTS]
     effects = effects | {"compensation": halves[0] + halves[1]}
     effects["share_above"] = (effects["delta_unembed"] > drop).astype(np.float64)
 
@@ -140,11 +138,11 @@ def _statistics(
         found |= {f"{name}_mean": mean[name], f"{name}_median": np.median(effects[name], axis=0)}
     found |= point | {"intercept": line.intercept, "r2": line.r2}
 
-    for half, repaired in zip(CONTRIBUTIONS, halves, strict=True):
+    for half, repaired in zip(COMPONENTS, halves, strict=True):
         line = Pairs(effects["direct_effect"], repaired).line()
         found |= {f"slope_{half}": line.slope, f"intercept_{half}": line.intercept, f"r2_{half}": line.r2}
     whole = mean["compensation"] + mean["norm_effect"]
-    for half in CONTRIBUTIONS:
+    for half in COMPONENTS:
         found[f"share_{half}"] = ratio(mean[f"compensation_{half}"], whole)
     return found | {"share_norm": ratio(mean["norm_effect"], whole)}
 
@@ -160,7 +158,7 @@ def downstream_rows(cell: Cell, bootstrap: Bootstrap, *, parallel: bool) -> list
     direct = cell.values["direct_effect"].mean(-1, dtype=np.float64)  # (component, prompt)
     rows: list[dict[str, Any]] = []
     for index, component in enumerate(cell.components):
-        below = downstream_of(cell.layer, component, changes.shape[-1], parallel=parallel)
+        below = downstream_mask(cell.layer, component, changes.shape[-1], parallel=parallel)
         places = np.argwhere(below)
         if not len(places):
             continue
@@ -174,7 +172,7 @@ def downstream_rows(cell: Cell, bootstrap: Bootstrap, *, parallel: bool) -> list
             _keys(cell, component)
             | {
                 "downstream_layer": int(layer),
-                "downstream_component": CONTRIBUTIONS[half],
+                "downstream_component": COMPONENTS[half],
                 "prompts": len(change),
                 "mean_change": mean[i],
                 "low": low[i],
@@ -200,23 +198,5 @@ def _keys(cell: Cell, component: str) -> dict[str, Any]:
         "ablation": cell.ablation,
         "layer": cell.layer,
         "component": component,
+        "head": None,
     }
-
-
-def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """The rows as a table of `schema`, ordered by its key columns; NaN and what is absent become null."""
-    keys = [name for name in schema.names if name in _ORDER]
-    rows = sorted(rows, key=lambda row: tuple(row[name] for name in keys))
-    arrays = []
-    for field in schema:
-        is_name = pa.types.is_dictionary(field.type)
-        kind = field.type.value_type if is_name else field.type
-        array = pa.array([row.get(field.name) for row in rows], type=kind, from_pandas=True)
-        arrays.append(array.dictionary_encode() if is_name else array)
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-_ORDER = (
-    *("source", "ablation", "layer", "component", "subset", "dataset"),
-    *("downstream_layer", "downstream_component"),
-)

@@ -121,6 +121,11 @@ def layers_path(experiment: str, model: str) -> str:
     return f"{base(experiment, model)}/summary/layers.parquet"
 
 
+def verdicts_path(experiment: str, model: str) -> str:
+    """Return the path of the verdict on every ablated contribution."""
+    return f"{base(experiment, model)}/summary/verdicts.parquet"
+
+
 def downstream_path(experiment: str, model: str) -> str:
     """Return the path of the summary by ablated and downstream component."""
     return f"{base(experiment, model)}/summary/downstream.parquet"

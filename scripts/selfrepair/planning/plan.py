@@ -71,6 +71,7 @@ class Plan:
                 found.append(grid.numerics_path(experiment.name, model))
                 found.append(grid.layers_path(experiment.name, model))
                 found.append(grid.downstream_path(experiment.name, model))
+                found.append(grid.verdicts_path(experiment.name, model))
                 found += self.figure_files(names, experiment.name, model)
                 found.append(grid.report_path(experiment.name, model))
             if len(experiment.models) > 1:
@@ -87,6 +88,7 @@ class Plan:
                 found += [
                     grid.layers_path(experiment.name, name),
                     grid.downstream_path(experiment.name, name),
+                    grid.verdicts_path(experiment.name, name),
                 ]
                 for dataset in experiment.datasets:
                     found += [
@@ -171,6 +173,11 @@ class Plan:
         """The summaries by layer of every model of an experiment."""
         models = self._experiment(wildcards).models
         return [grid.layers_path(wildcards.experiment, model) for model in models]
+
+    def verdicts_of(self, wildcards: Wildcards) -> list[str]:
+        """The verdicts on every model of an experiment."""
+        models = self._experiment(wildcards).models
+        return [grid.verdicts_path(wildcards.experiment, model) for model in models]
 
     def numerics_of(self, wildcards: Wildcards) -> list[str]:
         """The numerics of every model of an experiment."""

@@ -1,6 +1,6 @@
 """The summary stage: all cells and clean tables of one experiment and model -> numerics and summary tables.
 
-Cells are read one at a time and reduced at once, so that memory is a cell's, whatever their number.
+Cells are read one at a time and reduced at once, so memory does not grow with their number.
 """
 
 import logging
@@ -11,19 +11,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfrepair.analysis import audit, summary
+from selfrepair.analysis import audit, summary, verdicts
 from selfrepair.analysis.cells import CONTROL, Cell, read_cell, read_clean
-from selfrepair.analysis.statistics import LEVEL, RESAMPLES, Bootstrap, seed_of
+from selfrepair.analysis.contribution import contributions
+from selfrepair.analysis.schema import table
+from selfrepair.analysis.statistics import Bootstrap, seed_of
+from selfrepair.analysis.thresholds import LEVEL, RESAMPLES
 from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
+from selfrepair.planning.sites import COMPONENTS
 from selfrepair.storage import tables
 
 log = logging.getLogger("selfrepair")
 
 
 def run(job: Job, session: object) -> None:
-    """Read `cells` and `clean` (lists of paths); write `numerics`, `layers` and `downstream`.
+    """Read `cells` and `clean` (lists of paths); write `numerics`, `layers`, `downstream` and `verdicts`.
 
     Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError for a file that does not hold
     what was written, InputError for missing, foreign, differing or not finite cells.
@@ -37,17 +41,23 @@ def run(job: Job, session: object) -> None:
 
     layers: list[dict[str, Any]] = []
     downstream: list[dict[str, Any]] = []
+    estimates: list[dict[str, Any]] = []
+    floors: dict[tuple[Any, ...], float] = {}
     for path in job.input["cells"]:
         cell = read_cell(path)
         if cell.source not in sources:
             raise _foreign(path, f"is of source {cell.source!r}, which has no clean table among the inputs")
         source = sources[cell.source]
         source.add(cell)
-        if cell.ablation == CONTROL:  # not an ablation: it speaks in numerics only
+        parallel = cell.layer in source.parallel
+        rows = list(contributions(cell, source.clean_effects, parallel=parallel))
+        if cell.ablation == CONTROL:  # not an ablation: it gives the noise floors
+            floors |= {verdicts.floor_key(row.keys): float(np.sqrt(np.square(row.drop).mean())) for row in rows}
             continue
         layers += summary.layer_rows(cell, source.subsets)
         bootstrap = source.subsets["all"][1]
-        downstream += summary.downstream_rows(cell, bootstrap, parallel=cell.layer in source.parallel)
+        downstream += summary.downstream_rows(cell, bootstrap, parallel=parallel)
+        estimates += [verdicts.estimate(row, bootstrap) for row in rows]
 
     numerics = []
     for source in sources.values():
@@ -70,9 +80,10 @@ def run(job: Job, session: object) -> None:
     for name, rows, schema in (
         ("layers", layers, summary.LAYERS),
         ("downstream", downstream, summary.DOWNSTREAM),
+        ("verdicts", verdicts.classify(estimates, floors), verdicts.VERDICTS),
         ("numerics", numerics, audit.NUMERICS),
     ):
-        tables.write(job.output[name], summary.table(rows, schema), None, metadata)
+        tables.write(job.output[name], table(rows, schema), None, metadata)
 
 
 class _Source:
@@ -92,6 +103,8 @@ class _Source:
         self.correct = (
             None if self.clean["correct"].null_count else self.clean["correct"].to_numpy().astype(bool)[order]
         )
+        unembed = [np.stack(self.clean[f"unembed_{half}"].to_pylist()) for half in COMPONENTS]
+        self.clean_effects = np.stack(unembed, axis=1)[order].astype(np.float64)  # (prompt, 2, layer)
         self.subsets = self._subsets(params["seed"])
         self.audit = audit.Audit()
         self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path

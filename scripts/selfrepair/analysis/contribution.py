@@ -1,0 +1,98 @@
+"""One ablated contribution as arrays: what its rows say about loss, repair and the norm (analysis.md, section 1)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfrepair.analysis.cells import Cell, downstream_mask
+from selfrepair.analysis.crossed import Design
+from selfrepair.planning.sites import COMPONENTS
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """The rows of one source, ablation, layer and component, in logits of the target."""
+
+    keys: dict[str, Any]  # experiment, model, source, ablation, layer, component, head
+    design: Design
+    unembed: Array  # (prompt, draw) u: clean direct effect of the ablated contribution
+    drop: Array  # (prompt, draw) T = -delta_ablate
+    loss: Array  # (prompt, draw) D = -direct_effect
+    repair_attn: Array  # (prompt, draw) the attention's part of R
+    repair_mlp: Array  # (prompt, draw) the MLPs' part of R
+    norm: Array  # (prompt, draw) N
+    scale: Array  # (prompt, draw) sigma_clean / sigma_ablated
+    norm_ratio: Array  # (prompt, draw) |replacement| / |original|
+    cosine: Array  # (prompt, draw)
+    sites: list[tuple[int, str]]  # downstream contributions: layer, component
+    clean: Array  # (prompt, site) their clean direct effects
+    changes: Array  # (prompt, draw, site) change of their direct effects
+
+    @property
+    def repair(self) -> Array:
+        """(prompt, draw) R."""
+        return self.repair_attn + self.repair_mlp
+
+    @property
+    def own_loss(self) -> Array:
+        """(prompt, draw) D where each run is read with its own sigma: u(a) - s u(replacement)."""
+        return self.unembed - self.scale * (self.unembed - self.loss)
+
+    @property
+    def own_repair(self) -> Array:
+        """(prompt, draw) R where each run is read with its own sigma: sum of s u_ablated(c) - u(c)."""
+        return (self.scale - 1) * self.clean.sum(1)[:, None] + self.scale * self.repair
+
+    def select(self, prompts: NDArray[np.intp]) -> "Contribution":
+        """Return the rows of some prompts, given by their positions."""
+        rows = {
+            name: getattr(self, name)[prompts]
+            for name in (*_ROW_ARRAYS, "clean", "changes")
+        }
+        return Contribution(self.keys, self.design.select(prompts), sites=self.sites, **rows)
+
+
+_ROW_ARRAYS = ("unembed", "drop", "loss", "repair_attn", "repair_mlp", "norm", "scale", "norm_ratio", "cosine")
+
+
+def contributions(
+    cell: Cell,
+    clean: Array,  # (prompt, 2 = attention and MLP, layer) direct effects in the clean run
+    *,
+    parallel: bool,
+) -> Iterator[Contribution]:
+    """Yield the contributions that `cell` ablates. `parallel`: the layer's MLP does not read its attention."""
+    prompts, draws = len(cell.prompts), len(cell.draws)
+    for index, component in enumerate(cell.components):
+        mask = downstream_mask(cell.layer, component, cell.downstream.shape[-1], parallel=parallel)
+        values = {name: column[index].astype(np.float64) for name, column in cell.values.items()}
+        replacement = None if cell.replacement is None else cell.replacement[index]
+        yield Contribution(
+            keys={
+                "experiment": cell.experiment,
+                "model": cell.model,
+                "source": cell.source,
+                "ablation": cell.ablation,
+                "layer": cell.layer,
+                "component": component,
+                "head": None,
+            },
+            design=Design(prompts, draws, replacement),
+            unembed=values["delta_unembed"],
+            drop=-values["delta_ablate"],
+            loss=-values["direct_effect"],
+            repair_attn=values["compensation_attn"],
+            repair_mlp=values["compensation_mlp"],
+            norm=values["norm_effect"],
+            scale=values["sigma_ratio"],
+            norm_ratio=values["replacement_norm_ratio"],
+            cosine=values["replacement_cosine"],
+            sites=[(int(layer), COMPONENTS[half]) for half, layer in np.argwhere(mask)],
+            clean=clean[:, mask],
+            changes=cell.downstream[index][:, :, mask].astype(np.float64),
+        )
