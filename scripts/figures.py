@@ -2,13 +2,13 @@
 
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.submit import submit
+from selfrepair.planning import grid
 
 submit(
     Job(
         stage="figures",
         input={
-            "layers": snakemake.input.layers,
-            "downstream": snakemake.input.downstream,
+            **{name: snakemake.input[name] for name in grid.SUMMARY_TABLES},
             "numerics": snakemake.input.numerics,
             "clean": list(snakemake.input.clean),
             "cells": list(snakemake.input.cells),

@@ -2,14 +2,14 @@
 
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.submit import submit
+from selfrepair.planning import grid
 
 submit(
     Job(
         stage="report",
         input={
             "figures": list(snakemake.input.figures),
-            "layers": snakemake.input.layers,
-            "downstream": snakemake.input.downstream,
+            **{name: snakemake.input[name] for name in grid.SUMMARY_TABLES},
             "numerics": snakemake.input.numerics,
             "clean": list(snakemake.input.clean),
             "tokens": list(snakemake.input.tokens),

@@ -7,11 +7,7 @@ submit(
     Job(
         stage="summary",
         input={"cells": list(snakemake.input.cells), "clean": list(snakemake.input.clean)},
-        output={
-            "numerics": snakemake.output.numerics,
-            "layers": snakemake.output.layers,
-            "downstream": snakemake.output.downstream,
-        },
+        output=dict(snakemake.output.items()),
         params=snakemake.params.spec,
         runtime={},
         log=snakemake.log[0],

@@ -13,6 +13,7 @@ from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, summary
+from selfrepair.planning import grid
 from selfrepair.storage import schemas, tables
 from transformers import AutoModelForCausalLM
 
@@ -76,7 +77,7 @@ def run(
             inputs = {"tokens": tokens, "clean": clean, "activations": stored[layer]}
             paths[ablation, layer] = str(root / f"{ablation}-{layer}.parquet")
             effects.run(Job("effects", inputs, {"cell": paths[ablation, layer]}, params, {}), session)
-    names = ("numerics", "layers", "downstream")
+    names = ("numerics", *grid.SUMMARY_TABLES)
     inputs = {"cells": list(paths.values()), "clean": [clean]}
     output = {name: str(root / f"{name}.parquet") for name in names}
     summary.run(Job("summary", inputs, output, {"experiment": "e", "model": "tiny", "seed": 1}, {}), session)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from selfrepair.effects.columns import EFFECTS, OUTCOME, names
+from selfrepair.planning.grid import SUMMARY_TABLES
 from selfrepair.storage import schemas, tables
 
 Array = NDArray[np.float64]
@@ -108,8 +109,7 @@ class Run:
             "input": {"cells": [str(path) for path in self.cells], "clean": [str(p) for p in self.clean]},
             "output": {
                 "numerics": str(self.base / "numerics.parquet"),
-                "layers": str(self.base / "summary/layers.parquet"),
-                "downstream": str(self.base / "summary/downstream.parquet"),
+                **{name: str(self.base / f"summary/{name}.parquet") for name in SUMMARY_TABLES},
             },
             "params": {
                 "experiment": self.plan.experiment,

@@ -102,8 +102,8 @@ def test_paths_are_the_contracts():
     cell = grid.Cell("e", "m", "d", "replace-x", 3)
     assert grid.cell_path(cell) == "results/e/m/effects/source=d/ablation=replace-x/layer=3.parquet"
     assert grid.numerics_path("e", "m") == "results/e/m/numerics.parquet"
-    assert grid.layers_path("e", "m") == "results/e/m/summary/layers.parquet"
-    assert grid.downstream_path("e", "m") == "results/e/m/summary/downstream.parquet"
+    assert grid.summary_path("e", "m", "layers") == "results/e/m/summary/layers.parquet"
+    assert tuple(grid.summary_paths("e", "m")) == grid.SUMMARY_TABLES
     assert grid.figure_path("e", "m", "f", "svg") == "results/e/m/figures/f.svg"
     assert grid.report_path("e", "m") == "results/e/m/report.html"
     assert grid.crossmodel_report_path("e") == "results/e/report.html"

@@ -16,6 +16,7 @@ from selfrepair.errors import DamagedFileError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import crossmodel, figures, report, summary
 from selfrepair.planning.figure_names import files
+from selfrepair.planning.grid import SUMMARY_TABLES
 from selfrepair.report import comparison, page, readings
 from selfrepair.report.build import read as read_results
 from selfrepair.storage import tables
@@ -34,7 +35,7 @@ def make(
             poison(path)
     done = run.summary_job()
     summary.run(Job.from_json(done), None)
-    shared = {key: done["output"][key] for key in ("layers", "downstream", "numerics")}
+    shared = {key: done["output"][key] for key in ("numerics", *SUMMARY_TABLES)}
     shared["clean"] = done["input"]["clean"]
     drawn = [str(run.base / "figures" / name) for name in files(names)]
     figures.run(Job("figures", {**shared, "cells": done["input"]["cells"]}, {"figures": drawn}, {}), None)

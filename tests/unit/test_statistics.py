@@ -9,7 +9,6 @@ from selfrepair.analysis.statistics import (
     MIN_PROMPTS,
     Bootstrap,
     Pairs,
-    monte_carlo_error,
     ratio,
     seed_of,
     tail_probability,
@@ -163,19 +162,3 @@ def test_mostly_undefined_statistics_have_no_interval():
 def test_ratio_to_nothing_is_undefined_and_zero_has_no_sign():
     values = ratio(np.array([1.0, -0.0, 3.0]), np.array([0.0, 2.0, 1e-9]))
     assert np.isnan(values[0]) and math.copysign(1, values[1]) == 1 and values[2] == pytest.approx(3e9)
-
-
-def test_monte_carlo_error_is_the_spread_of_repeated_means():
-    rng = np.random.default_rng(4)
-    scale = rng.uniform(0.5, 2, (40, 1))  # prompts differ in how much their draws matter
-    level = rng.normal(size=(40, 1))
-
-    def repeats(draws):
-        return [(level + scale * rng.normal(size=(40, draws))).mean() for _ in range(3000)]
-
-    error, one_draw = np.mean(
-        [monte_carlo_error(level + scale * rng.normal(size=(40, 6))) for _ in range(200)], axis=0
-    )
-    assert error == pytest.approx(np.std(repeats(6)), rel=0.05)
-    assert one_draw == pytest.approx(np.std(repeats(1)), rel=0.05)
-    assert np.isnan(monte_carlo_error(level)).all()

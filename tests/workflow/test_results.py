@@ -32,6 +32,7 @@ def test_every_file_of_the_contract_is_there(finished: Project) -> None:
         "numerics.parquet",
         "summary/layers.parquet",
         "summary/downstream.parquet",
+        "summary/verdicts.parquet",
         "figures/scatter-by-layer.svg",
         "report.html",
         "logs/effects/source=a/ablation=zero/layer=1.log",

@@ -5,9 +5,7 @@ for place, (names, experiments) in enumerate(PLAN.figure_sets().items()):
         name:
             "figures" if place == 0 else f"figures_{place + 1}"
         input:
-            layers=grid.layers_path("{experiment}", "{model}"),
-            downstream=grid.downstream_path("{experiment}", "{model}"),
-            verdicts=grid.verdicts_path("{experiment}", "{model}"),
+            **grid.summary_paths("{experiment}", "{model}"),
             numerics=grid.numerics_path("{experiment}", "{model}"),
             clean=PLAN.clean_of,
             cells=PLAN.cells_of,

@@ -1,9 +1,7 @@
 rule report:
     input:
+        **grid.summary_paths("{experiment}", "{model}"),
         figures=PLAN.figures_of,
-        layers=grid.layers_path("{experiment}", "{model}"),
-        downstream=grid.downstream_path("{experiment}", "{model}"),
-        verdicts=grid.verdicts_path("{experiment}", "{model}"),
         numerics=grid.numerics_path("{experiment}", "{model}"),
         clean=PLAN.clean_of,
         tokens=PLAN.tokens_of,

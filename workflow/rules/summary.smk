@@ -3,10 +3,8 @@ rule summary:
         cells=PLAN.cells_of,
         clean=PLAN.clean_of,
     output:
+        **grid.summary_paths("{experiment}", "{model}"),
         numerics=grid.numerics_path("{experiment}", "{model}"),
-        layers=grid.layers_path("{experiment}", "{model}"),
-        downstream=grid.downstream_path("{experiment}", "{model}"),
-        verdicts=grid.verdicts_path("{experiment}", "{model}"),
     log:
         grid.log_path("{experiment}", "{model}", "summary"),
     conda:

@@ -35,7 +35,9 @@ class Cell:
     prompts: NDArray[np.int32]  # (prompt,) ids, ascending
     draws: NDArray[np.int16]  # (draw,) ascending
     values: dict[str, Floats]  # per column of VALUES: (component, prompt, draw)
-    replacement: NDArray[np.int32] | None  # (component, prompt, draw) ids; None where nothing is drawn from a store
+    replacement: (
+        NDArray[np.int32] | None
+    )  # (component, prompt, draw) ids; None where nothing is drawn from a store
     downstream: Floats  # (component, prompt, draw, 2 = attention and MLP, layer)
     correct: NDArray[np.bool_] | None  # (prompt,)
 

@@ -50,14 +50,21 @@ class Contribution:
 
     def select(self, prompts: NDArray[np.intp]) -> "Contribution":
         """Return the rows of some prompts, given by their positions."""
-        rows = {
-            name: getattr(self, name)[prompts]
-            for name in (*_ROW_ARRAYS, "clean", "changes")
-        }
+        rows = {name: getattr(self, name)[prompts] for name in (*_ROW_ARRAYS, "clean", "changes")}
         return Contribution(self.keys, self.design.select(prompts), sites=self.sites, **rows)
 
 
-_ROW_ARRAYS = ("unembed", "drop", "loss", "repair_attn", "repair_mlp", "norm", "scale", "norm_ratio", "cosine")
+_ROW_ARRAYS = (
+    "unembed",
+    "drop",
+    "loss",
+    "repair_attn",
+    "repair_mlp",
+    "norm",
+    "scale",
+    "norm_ratio",
+    "cosine",
+)
 
 
 def contributions(

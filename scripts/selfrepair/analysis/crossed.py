@@ -60,10 +60,9 @@ class Design:
     def __init__(self, prompts: int, draws: int, replacement: NDArray[np.int32] | None = None) -> None:
         self.prompts, self.draws, self.replacement = prompts, draws, replacement
         self.rows = prompts * draws
-        self.ids, self.group = np.empty(0, np.int32), None
-        if replacement is not None:
-            self.ids, self.group = np.unique(replacement.reshape(-1), return_inverse=True)
-        self.sizes = np.bincount(self.group).astype(float) if self.group is not None else np.ones(self.rows)
+        own = np.arange(self.rows) if replacement is None else replacement.reshape(-1)
+        self.ids, self.group = np.unique(own, return_inverse=True)
+        self.sizes = np.bincount(self.group).astype(np.float64)  # rows per replacement prompt
 
     def select(self, prompts: NDArray[np.intp]) -> "Design":
         """Return the design of some source prompts, given by their positions."""
@@ -79,7 +78,7 @@ class Design:
     @property
     def shared(self) -> bool:
         """Whether at least two rows share a replacement prompt, and at least two replacement prompts occur."""
-        return self.group is not None and len(self.ids) > 1 and bool((self.sizes > 1).any())
+        return 1 < len(self.ids) < self.rows
 
     def variances(self, values: Array) -> tuple[Array, Array]:
         """Return the replacement and the row variance of `values` (prompt, draw, column), one per column.
@@ -112,7 +111,8 @@ class Design:
         """Return the error of the mean over all rows of `values` (prompt, draw, column), or of a linearisation."""
         n, columns = self.prompts, values.shape[2]
         if n < 2:
-            return Error(*(np.full(columns, np.nan) for _ in range(3)), np.nan)
+            unknown = np.full(columns, np.nan)
+            return Error(unknown, unknown, unknown, np.nan)
         between = values.mean(1).var(0, ddof=1) / n
         if not self.shared:
             return Error(np.sqrt(between), np.full(columns, n - 1.0), np.sqrt(between), n - 1.0)

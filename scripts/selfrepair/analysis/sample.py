@@ -51,6 +51,8 @@ class Sample:
         value = float(ratio(self.means[top], self.means[bottom]))
         resampled = ratio(self._replicates[:, top], self._replicates[:, bottom])
         low, high = (float(bound[0]) for bound in self._bootstrap.interval(resampled[:, None]))
-        linear = self._rows[..., top] - value * self._rows[..., bottom]  # the ratio's influence, up to a factor
+        linear = (
+            self._rows[..., top] - value * self._rows[..., bottom]
+        )  # the ratio's influence, up to a factor
         widening = float(self._design.error(linear[:, :, None]).widening(LEVEL)[0])
         return value, value + widening * (low - value), value + widening * (high - value)

@@ -29,7 +29,9 @@ def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     keys = [name for name in schema.names if name in _ORDER]
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple((row[name] is not None, row[name] or 0) if "head" in name else row[name] for name in keys)
+        return tuple(
+            (row[name] is not None, row[name] or 0) if "head" in name else row[name] for name in keys
+        )
 
     rows = sorted(rows, key=key)
     arrays = []

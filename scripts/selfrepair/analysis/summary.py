@@ -7,7 +7,7 @@ Monte-Carlo error of a single draw, intervals, correlations and slopes of fewer 
 denominator is merely small is given, with the wide interval that it deserves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ def layer_rows(cell: Cell, subsets: Subsets) -> list[dict[str, Any]]:
                 row |= {name: values[index] for name, values in statistics.items()}
                 draws = cell.values["delta_ablate"][index][places].astype(np.float64)
                 replacement = None if cell.replacement is None else cell.replacement[index][places]
-                design = Design(*draws.shape, replacement)
+                design = Design(draws.shape[0], draws.shape[1], replacement)
                 row["mc_error"], row["mc_error_one_draw"] = design.monte_carlo_error(draws)
             rows.append(row)
     return rows

@@ -16,6 +16,8 @@ MAX_REPLACEMENT_SHARE = 1 / 3  # mean u(replacement) / mean u(original)
 
 # Can the rows be trusted? Relative to the rms of delta_ablate of the same source, layer and component.
 LEDGER_TOLERANCE = 1e-3
-LEDGER_TOLERANCE_16_BIT = 0.05  # each sum of the residual stream is rounded to 16 bits, the contributions are not
+LEDGER_TOLERANCE_16_BIT = (
+    0.05  # each sum of the residual stream is rounded to 16 bits, the contributions are not
+)
 NOISE_TOLERANCE = 0.05
 SELFTEST_TOLERANCE = 0.05

@@ -62,7 +62,11 @@ VERDICTS = pa.schema(
         ("draws", pa.int32()),
         *((f"class{reading.suffix}", NAME) for reading in READINGS),
         ("extent", NAME),  # partial | full | over, of class `repaired`
-        *((name, pa.float64()) for reading in READINGS for name in with_interval(f"restoration{reading.suffix}")),
+        *(
+            (name, pa.float64())
+            for reading in READINGS
+            for name in with_interval(f"restoration{reading.suffix}")
+        ),
         *((f"adjusted_p{reading.suffix}", pa.float64()) for reading in READINGS),
         ("noise_floor", pa.float64()),  # logits, rms of delta_ablate of the control
         *((name, pa.float64()) for mean in _ESTIMATES for name in with_interval(mean)),
@@ -115,10 +119,7 @@ def classify(
     The p-values of each reading are adjusted by Benjamini and Hochberg over the contributions that have something to
     repair in that reading.
     """
-    rows = [
-        row | {"noise_floor": floors[floor_key(row)]}
-        for row in estimates
-    ]
+    rows = [row | {"noise_floor": floors[floor_key(row)]} for row in estimates]
     for reading in READINGS:
         repairable = []
         for row in rows:
@@ -130,7 +131,9 @@ def classify(
                 repairable.append(row)
         if not repairable:
             continue
-        adjusted = stats.false_discovery_control([row[f"p{reading.suffix}"] for row in repairable], method="bh")
+        adjusted = stats.false_discovery_control(
+            [row[f"p{reading.suffix}"] for row in repairable], method="bh"
+        )
         for row, p in zip(repairable, adjusted, strict=True):
             row[f"adjusted_p{reading.suffix}"] = float(p)
             row[f"class{reading.suffix}"] = _decided(row, reading, float(p))

@@ -12,6 +12,7 @@ from selfrepair.planning.config import Config, Experiment, Model
 from selfrepair.storage import checkpoints
 
 RESULTS = "results"
+SUMMARY_TABLES = ("layers", "verdicts", "downstream")
 CONTROL = "self"
 ONE_DRAW = ("zero", "mean", CONTROL)  # nothing is drawn for these
 
@@ -116,19 +117,14 @@ def numerics_path(experiment: str, model: str) -> str:
     return f"{base(experiment, model)}/numerics.parquet"
 
 
-def layers_path(experiment: str, model: str) -> str:
-    """Return the path of the summary by ablated layer."""
-    return f"{base(experiment, model)}/summary/layers.parquet"
+def summary_path(experiment: str, model: str, table: str) -> str:
+    """Return the path of a summary table, one of SUMMARY_TABLES."""
+    return f"{base(experiment, model)}/summary/{table}.parquet"
 
 
-def verdicts_path(experiment: str, model: str) -> str:
-    """Return the path of the verdict on every ablated contribution."""
-    return f"{base(experiment, model)}/summary/verdicts.parquet"
-
-
-def downstream_path(experiment: str, model: str) -> str:
-    """Return the path of the summary by ablated and downstream component."""
-    return f"{base(experiment, model)}/summary/downstream.parquet"
+def summary_paths(experiment: str, model: str) -> dict[str, str]:
+    """Return the path of every summary table by its name."""
+    return {table: summary_path(experiment, model, table) for table in SUMMARY_TABLES}
 
 
 def figure_path(experiment: str, model: str, figure: str, suffix: str) -> str:

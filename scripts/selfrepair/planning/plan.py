@@ -69,9 +69,7 @@ class Plan:
                     found.append(grid.tokens_path(experiment.name, model, dataset))
                     found.append(grid.clean_path(experiment.name, model, dataset))
                 found.append(grid.numerics_path(experiment.name, model))
-                found.append(grid.layers_path(experiment.name, model))
-                found.append(grid.downstream_path(experiment.name, model))
-                found.append(grid.verdicts_path(experiment.name, model))
+                found += grid.summary_paths(experiment.name, model).values()
                 found += self.figure_files(names, experiment.name, model)
                 found.append(grid.report_path(experiment.name, model))
             if len(experiment.models) > 1:
@@ -85,11 +83,7 @@ class Plan:
             for name in experiment.models:
                 layers = grid.n_layers(self.config.models[name])
                 found += [grid.std_path(experiment.name, name), grid.numerics_path(experiment.name, name)]
-                found += [
-                    grid.layers_path(experiment.name, name),
-                    grid.downstream_path(experiment.name, name),
-                    grid.verdicts_path(experiment.name, name),
-                ]
+                found += grid.summary_paths(experiment.name, name).values()
                 for dataset in experiment.datasets:
                     found += [
                         grid.tokens_path(experiment.name, name, dataset),
@@ -169,15 +163,18 @@ class Plan:
         """The files of the figures `names`; experiment and model may be Snakemake's wildcards."""
         return [grid.figure_path(experiment, model, name, kind) for name in names for kind in FORMATS]
 
-    def layers_of(self, wildcards: Wildcards) -> list[str]:
-        """The summaries by layer of every model of an experiment."""
+    def summaries_of(self, wildcards: Wildcards, table: str) -> list[str]:
+        """Return one summary table of every model of an experiment."""
         models = self._experiment(wildcards).models
-        return [grid.layers_path(wildcards.experiment, model) for model in models]
+        return [grid.summary_path(wildcards.experiment, model, table) for model in models]
+
+    def layers_of(self, wildcards: Wildcards) -> list[str]:
+        """Return the summary by layer of every model of an experiment."""
+        return self.summaries_of(wildcards, "layers")
 
     def verdicts_of(self, wildcards: Wildcards) -> list[str]:
-        """The verdicts on every model of an experiment."""
-        models = self._experiment(wildcards).models
-        return [grid.verdicts_path(wildcards.experiment, model) for model in models]
+        """Return the verdicts on every model of an experiment."""
+        return self.summaries_of(wildcards, "verdicts")
 
     def numerics_of(self, wildcards: Wildcards) -> list[str]:
         """The numerics of every model of an experiment."""

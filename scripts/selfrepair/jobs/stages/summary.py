@@ -50,14 +50,16 @@ def run(job: Job, session: object) -> None:
         source = sources[cell.source]
         source.add(cell)
         parallel = cell.layer in source.parallel
-        rows = list(contributions(cell, source.clean_effects, parallel=parallel))
+        ablated = list(contributions(cell, source.clean_effects, parallel=parallel))
         if cell.ablation == CONTROL:  # not an ablation: it gives the noise floors
-            floors |= {verdicts.floor_key(row.keys): float(np.sqrt(np.square(row.drop).mean())) for row in rows}
+            floors |= {
+                verdicts.floor_key(row.keys): float(np.sqrt(np.square(row.drop).mean())) for row in ablated
+            }
             continue
         layers += summary.layer_rows(cell, source.subsets)
         bootstrap = source.subsets["all"][1]
         downstream += summary.downstream_rows(cell, bootstrap, parallel=parallel)
-        estimates += [verdicts.estimate(row, bootstrap) for row in rows]
+        estimates += [verdicts.estimate(row, bootstrap) for row in ablated]
 
     numerics = []
     for source in sources.values():
