@@ -18,7 +18,6 @@ from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import figures as stage
 from selfrepair.jobs.stages import summary as summary_stage
 from selfrepair.planning.figure_names import files, names
-from selfrepair.planning.grid import SUMMARY_TABLES
 from selfrepair.report.figures import (
     compensation,
     controls,
@@ -51,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Run:
 
 def inputs(run: synthetic.Run) -> dict[str, Any]:
     given = run.summary_job()
-    outputs = {key: given["output"][key] for key in ("numerics", *SUMMARY_TABLES)}
+    outputs = {key: given["output"][key] for key in ("layers", "downstream", "numerics")}
     return {**outputs, "clean": given["input"]["clean"], "cells": given["input"]["cells"]}
 
 

@@ -75,6 +75,35 @@ def by_prompt(rows, of):
     return {prompt: sum(values[prompt]) / len(values[prompt]) for prompt in sorted(values)}
 
 
+def expected_errors_of_shared_replacements(rows, prompts):
+    """Gao and Owen's three moments over pairs of rows, solved as linear equations."""
+    pairs = [(a, b) for a in rows for b in rows if a is not b]
+    moments, coefficients = np.zeros(3), np.zeros((3, 3))  # of the prompt, replacement and row variance
+    sizes = {}
+    for row in rows:
+        for key in ("prompt", "replacement"):
+            sizes[key, row[key]] = sizes.get((key, row[key]), 0) + 1
+    for a, b in pairs:
+        square = (a["delta_ablate"] - b["delta_ablate"]) ** 2 / 2
+        differs = np.array([a["prompt"] != b["prompt"], a["replacement"] != b["replacement"], True], float)
+        weights = (
+            (not differs[0]) / sizes["prompt", a["prompt"]],
+            (not differs[1]) / sizes["replacement", a["replacement"]],
+            1 / len(rows),
+        )
+        for i, weight in enumerate(weights):
+            moments[i] += weight * square
+            coefficients[i] += weight * differs
+    _, replacement, row = np.linalg.solve(coefficients, moments)
+    within = replacement + row
+    replacement = min(max(replacement, 0.0), within)
+    counts = [count for (key, _), count in sizes.items() if key == "replacement"]
+    n, store, total = len(prompts), len(counts), len(rows)
+    now = replacement * sum(c * c for c in counts) / total**2 + (within - replacement) / total
+    one = replacement * ((1 - 1 / n) / store + 1 / n) + (within - replacement) / n
+    return {"mc_error": math.sqrt(now), "mc_error_one_draw": math.sqrt(one)}
+
+
 def expected_statistics(rows):
     column = {name: by_prompt(rows, lambda row, name=name: row[name]) for name in EFFECT_COLUMNS}
     prompts = list(column["delta_ablate"])
@@ -117,15 +146,16 @@ def expected_statistics(rows):
         expected[f"share_{name}"] = mean(e[part]) / whole
 
     draws = len(rows) // n
-    if draws > 1:
+    expected["mc_error"] = expected["mc_error_one_draw"] = None
+    if draws > 1 and rows[0]["replacement"] is not None:
+        expected |= expected_errors_of_shared_replacements(rows, prompts)
+    elif draws > 1:
         variances = []
         for p in prompts:
             values = [row["delta_ablate"] for row in rows if row["prompt"] == p]
             variances.append(math.fsum((v - mean(values)) ** 2 for v in values) / (draws - 1))
         expected["mc_error"] = math.sqrt(mean(variances) / draws / n)
         expected["mc_error_one_draw"] = math.sqrt(mean(variances) / n)
-    else:
-        expected["mc_error"] = expected["mc_error_one_draw"] = None
     return expected | {"prompts": n, "draws": draws}
 
 
