@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from selfrepair.analysis.audit import NUMERICS
 from selfrepair.analysis.summary import DOWNSTREAM, LAYERS
+from selfrepair.analysis.verdicts import VERDICTS
 from selfrepair.effects.columns import EFFECTS
 from selfrepair.storage.schemas import CLEAN, TOKENS
 
@@ -15,6 +16,7 @@ TABLES = {
     "clean/{dataset}.parquet": CLEAN,
     "numerics.parquet": NUMERICS,
     "summary/layers.parquet": LAYERS,
+    "summary/verdicts.parquet": VERDICTS,
     "summary/downstream.parquet": DOWNSTREAM,
 }
 
