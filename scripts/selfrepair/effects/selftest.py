@@ -76,6 +76,20 @@ def _unchanged(row: Effects) -> Effects:
     return replace(row, ablated_logit=row.clean_logit, **changes, **unchanged)
 
 
+def _noise_size(clean: reference.ForwardPass, layer: int, component: str) -> float:
+    """Return the size of an entry of the contribution, at the median position: one position may hold huge entries.
+
+    A contribution that is almost zero gets a tenth of the median size of all contributions, because noise of its own
+    size would change nothing.
+    """
+
+    def size(contribution: Tensor) -> Tensor:
+        return contribution.float().square().mean(-1).sqrt().median()
+
+    typical = torch.stack([size(contribution) for contribution in clean.contributions.values()]).median()
+    return float(torch.maximum(size(clean.contributions[layer, component]), 0.1 * typical))
+
+
 class _Expected:
     """A few ablations and their reference effects."""
 
@@ -97,9 +111,9 @@ class _Expected:
             for ids, before in zip(prompts, clean, strict=True):
                 own = before.contributions[layer, component]
                 kept = len(own) if positions == "all" else 1
-                # Noise of the contribution's own size: large enough to move everything downstream.
+                # Noise of the contribution's own size moves all sites downstream.
                 noise = torch.randn(kept, own.shape[-1], generator=generator).to(own.device)
-                value = (noise * own.float().std()).to(own.dtype)
+                value = (noise * _noise_size(before, layer, component)).to(own.dtype)
                 target = int(before.logits.argmax())
                 # Two rows, or a path that mixes rows up would pass: the second replaces the contribution by itself.
                 values.append(torch.stack([value, own[-kept:]]))

@@ -1,13 +1,18 @@
 """Find the two submodules of a layer whose outputs add up to the layer's change of the residual stream."""
 
 import itertools
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from selfrepair.models import hooks
 from selfrepair.models.adapter import LayerAdapter, NoDecompositionError, snapped
-from selfrepair.models.trace import LayerTrace, SubmoduleOutput
+from selfrepair.models.probes import Streams, feeding
+from selfrepair.models.trace import LayerTrace, SubmoduleOutput, Trace
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,38 @@ class Pair:
     error: float  # |out - in - contributions| / |out - in|
 
 
-def find_contributions(trace: LayerTrace, error: float, where: str) -> Pair:
-    """Return the pair of submodules that makes up a layer. `error`: largest relative error accepted.
+def find_contributions(
+    model: PreTrainedModel, layers: Sequence[nn.Module], trace: Trace, streams: Streams, error: float
+) -> list[Pair]:
+    """Return the pair of submodules that makes up each layer. `error`: largest relative error accepted.
 
-    Raises NoDecompositionError, with the nearest pair and its error, if there is none.
+    A pair must add up to the layer's change in the recorded pass, and replacing both outputs by noise must replace
+    that change by the noise. The second condition also holds for a contribution that is zero, and it tells the output
+    of a block from that of the post-norm after it. Raises NoDecompositionError, with the nearest pair, if no pair fits.
     """
+    name = type(model).__name__
+    remaining = [_fitting(layer, error, f"{name}, layer {n}") for n, layer in enumerate(trace.layers)]
+    while True:
+        pairs = [candidates[0] for candidates in remaining]
+        checked = _replaced(model, layers, pairs, streams, error)
+        if all(pair.error < error for pair in checked):
+            return checked
+        for number, pair in enumerate(checked):
+            if pair.error < error:
+                continue
+            remaining[number].pop(0)
+            if not remaining[number]:
+                first, second = pair.first.path, pair.second.path
+                raise NoDecompositionError(
+                    f"replacing the outputs of `{first}` and `{second}` does not replace what the layer adds to the "
+                    f"residual stream (off by {pair.error:.2g} of it)",
+                    where=f"{name}, layer {number}",
+                    remedy="use a model whose layers add one attention and one MLP output to the residual stream.",
+                )
+
+
+def _fitting(trace: LayerTrace, error: float, where: str) -> list[Pair]:
+    """Return the pairs that add up to the layer's change, best first. Raises NoDecompositionError if none does."""
     change = (trace.after.double() - trace.before.double()).flatten()
     fits: list[tuple[tuple[float, ...], Pair]] = []
     nearest = (float("inf"), "", "")
@@ -44,12 +76,66 @@ def find_contributions(trace: LayerTrace, error: float, where: str) -> Pair:
             where=where,
             remedy="use a model whose layers add one attention and one MLP output to the residual stream.",
         )
-    return min(fits, key=lambda fit: fit[0])[1]
+    return [pair for _, pair in sorted(fits, key=lambda fit: fit[0])]
+
+
+def _replaced(
+    model: PreTrainedModel, layers: Sequence[nn.Module], pairs: Sequence[Pair], streams: Streams, error: float
+) -> list[Pair]:
+    """Return the pairs with the larger of their error and that of replacing both outputs by noise.
+
+    The noise has the size of the layer's input. The multiplier of a layer that adds exactly nothing comes from here.
+    """
+    generator = torch.Generator().manual_seed(2)
+    noise: dict[int, Tensor] = {}
+    after: dict[int, Tensor] = {}
+
+    def replacing(number: int) -> Callable[[object], object]:
+        def replace_output(output: object) -> object:
+            value, stream = hooks.first(output), streams.inputs[number]
+            drawn = torch.randn(stream.shape, generator=generator, dtype=torch.float64).to(stream.device)
+            drawn = (drawn * stream.double().square().mean().sqrt()).to(value.dtype)
+            noise[number] = noise.get(number, 0.0) + drawn.double()
+            return hooks.with_first(output, drawn.reshape(value.shape))
+
+        return replace_output
+
+    def returning(number: int) -> Callable[[object], None]:
+        def see(output: object) -> None:
+            after[number] = hooks.first(output).double().clone()
+
+        return see
+
+    outputs = [
+        (layer.get_submodule(part.path), replacing(number))
+        for number, (layer, pair) in enumerate(zip(layers, pairs, strict=True))
+        for part in (pair.first, pair.second)
+    ]
+    layer_outputs = [(layer, returning(number)) for number, layer in enumerate(layers)]
+    with feeding(layers, streams.inputs), hooks.on_output([*outputs, *layer_outputs]):
+        model(input_ids=streams.ids, use_cache=False)
+    checked = []
+    for number, pair in enumerate(pairs):
+        if number not in noise:
+            checked.append(replace(pair, error=float("inf")))
+            continue
+        before = streams.inputs[number].to(pair.first.value.dtype).double()
+        change, drawn = (after[number] - before).flatten(), noise[number].flatten()
+        fitted = float(drawn @ change / (drawn @ drawn))
+        multiplier = snapped(fitted, error) if math.isnan(pair.multiplier) else pair.multiplier
+        residue = float((change - multiplier * drawn).norm() / (multiplier * drawn).norm().clamp_min(1e-300))
+        checked.append(replace(pair, multiplier=multiplier, error=max(pair.error, residue)))
+    return checked
 
 
 def _fit(change: Tensor, *outputs: SubmoduleOutput) -> tuple[float, float]:
-    """Return the multiplier with which the outputs add up to `change`, and the relative error that remains."""
+    """Return the multiplier with which the outputs add up to `change`, and the relative error that remains.
+
+    If outputs and change are exactly zero, any multiplier fits: it is NaN and the error 0.
+    """
     total = torch.stack([output.value.double().flatten() for output in outputs]).sum(0)
+    if not bool(change.any()):
+        return float("nan"), float("inf") if bool(total.any()) else 0.0
     multiplier = float(total @ change / (total @ total).clamp_min(1e-300))
     return multiplier, float((change - multiplier * total).norm() / change.norm())
 

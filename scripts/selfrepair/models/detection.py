@@ -1,4 +1,4 @@
-"""Find the adapter of a model by observing one recorded forward pass and a few short ones.
+"""Find the adapter of a model by observing a few short forward passes in which every layer reads a random stream.
 
 1. `trace` records what every layer reads and returns and what its submodules return.
 2. `decomposition` finds the two submodules of each layer whose outputs add up to the layer's change of the stream.
@@ -7,21 +7,24 @@
 A model for which one of these identities does not hold is refused with the measured error.
 """
 
+import logging
+
 import torch
 from transformers import PreTrainedModel
 
 from selfrepair.models.adapter import (
     Adapter,
     LayerAdapter,
-    NoDecompositionError,
     require_decoder_only,
     tolerance,
 )
 from selfrepair.models.decomposition import find_contributions, find_mixer, find_trim
-from selfrepair.models.probes import probe_ids
-from selfrepair.models.roles import find_roles
+from selfrepair.models.probes import probe_ids, random_streams
+from selfrepair.models.roles import find_roles, require_one_mixer
 from selfrepair.models.trace import find_layers, record
 from selfrepair.models.unembedding import find_final_norm, find_head
+
+log = logging.getLogger("selfrepair")
 
 
 @torch.no_grad()
@@ -32,30 +35,21 @@ def detect(model: PreTrainedModel) -> Adapter:
     """
     name = type(model).__name__
     require_decoder_only(model.config, name)
-    ids = probe_ids(model)
-    path, layers = find_layers(model, ids)
-    trace = record(model, path, layers, ids)
+    path, layers = find_layers(model, probe_ids(model))
+    streams = random_streams(model, layers)
+    trace = record(model, path, layers, streams)
     error = tolerance(model)
-    stream = tuple(trace.final.shape)
-    if len(stream) != 3 or stream[:2] != tuple(ids.shape):
-        raise NoDecompositionError(
-            f"its layers pass on a tensor of shape {stream} for {ids.shape[1]} tokens: the residual stream is not one "
-            "vector per token",
-            where=name,
-            remedy="use a model with one residual stream, and one position per token.",
-        )
-    pairs = [find_contributions(layer, error, f"{name}, layer {n}") for n, layer in enumerate(trace.layers)]
-    roles = find_roles(model, layers, [(pair.first.path, pair.second.path) for pair in pairs], ids)
+    pairs = find_contributions(model, layers, trace, streams, error)
+    roles = find_roles(model, layers, [(pair.first.path, pair.second.path) for pair in pairs], streams)
     adapters = []
     for number, (layer, pair, role) in enumerate(zip(trace.layers, pairs, roles, strict=True)):
+        require_one_mixer(role, (pair.first.path, pair.second.path), f"{name}, layer {number}")
         attn, mlp = (pair.first, pair.second) if role.first_mixes else (pair.second, pair.first)
-        if role.first_mixes == role.second_mixes:
-            both = "both" if role.first_mixes else "none"
-            raise NoDecompositionError(
-                f"{both} of the two contributions, {pair.first.path} and {pair.second.path}, mix positions: which of "
-                "them is attention and which the MLP is not defined",
-                where=f"{name}, layer {number}",
-                remedy="use a model whose layers have one block that mixes positions and one that does not.",
+        if role.inferred:
+            log.warning(
+                "layer %d: neither `%s` nor `%s` measurably mixes positions (relative changes %.1g and %.1g); their "
+                "roles are taken from layers of the same kind",
+                *(number, pair.first.path, pair.second.path, *role.changes),
             )
         mixer = find_mixer(layer, attn.path, mlp.path)
         adapters.append(
@@ -63,7 +57,7 @@ def detect(model: PreTrainedModel) -> Adapter:
                 attn=attn.path,
                 mlp=mlp.path,
                 multiplier=pair.multiplier,
-                parallel=role.parallel,
+                parallel=bool(role.parallel),  # unclear only for an MLP that adds nothing
                 mixer=mixer.path if mixer else None,
                 mixer_outputs=mixer.outputs if mixer else None,
                 layer_outputs=layer.outputs,

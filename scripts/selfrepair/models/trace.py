@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from selfrepair.models import hooks
 from selfrepair.models.adapter import NoDecompositionError, text_config
+from selfrepair.models.probes import Streams, feeding
 
 _DEPTH = 3  # levels of submodules that are recorded inside a layer
 
@@ -19,7 +20,7 @@ class SubmoduleOutput:
     """The first tensor that a submodule returned, cloned because some models add in place."""
 
     path: str  # relative to the layer
-    value: Tensor  # (1, T, d_model)
+    value: Tensor  # (row, T, d_model)
     outputs: int | None  # length of the returned tuple; None for a bare tensor
 
 
@@ -27,8 +28,8 @@ class SubmoduleOutput:
 class LayerTrace:
     """One layer in the recorded pass."""
 
-    before: Tensor  # (1, T, d_model) the stream that the layer reads
-    after: Tensor  # (1, T, d_model) the stream that it returns
+    before: Tensor  # (row, T, d_model) the stream that the layer reads
+    after: Tensor  # (row, T, d_model) the stream that it returns
     outputs: int | None  # length of the returned tuple; None for a bare tensor
     children: list[SubmoduleOutput]  # in call order
 
@@ -49,10 +50,10 @@ class Trace:
 
     layers: list[LayerTrace]
     after_stack: list[LeafCall]
-    logits: Tensor  # (1, T, vocabulary), after scale and soft-cap
+    logits: Tensor  # (row, T, vocabulary), after scale and soft-cap
 
     @property
-    def final(self) -> Tensor:  # (1, T, d_model)
+    def final(self) -> Tensor:  # (row, T, d_model)
         """Return the stream after the last layer."""
         return self.layers[-1].after
 
@@ -87,12 +88,20 @@ def find_layers(model: PreTrainedModel, ids: Tensor) -> tuple[str, Sequence[nn.M
     return path, list(module)
 
 
-def record(model: PreTrainedModel, path: str, layers: Sequence[nn.Module], ids: Tensor) -> Trace:
-    """Return the trace of a forward pass on `ids` (1, T).
+def record(model: PreTrainedModel, path: str, layers: Sequence[nn.Module], streams: Streams) -> Trace:
+    """Return the trace of a forward pass in which every layer reads its random stream.
 
     Raises NoDecompositionError if a layer is not called.
     """
     recorder = _Recorder(len(layers))
+    with feeding(layers, streams.inputs):  # first, so that the recorder sees the random stream
+        logits = _recorded_pass(model, path, layers, streams.ids, recorder)
+    return Trace(recorder.layers(type(model).__name__), recorder.after_stack, logits)
+
+
+def _recorded_pass(
+    model: PreTrainedModel, path: str, layers: Sequence[nn.Module], ids: Tensor, recorder: "_Recorder"
+) -> Tensor:  # (row, T, vocabulary)
     handles = []
     for number, layer in enumerate(layers):
         handles.append(layer.register_forward_pre_hook(recorder.layer_reads(number), with_kwargs=True))
@@ -105,11 +114,10 @@ def record(model: PreTrainedModel, path: str, layers: Sequence[nn.Module], ids: 
         if module_path and not inside and not any(True for _ in module.children()):
             handles.append(module.register_forward_hook(recorder.leaf_returns(module_path)))
     try:
-        logits = model(input_ids=ids, use_cache=False).logits
+        return model(input_ids=ids, use_cache=False).logits.detach()
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(recorder.layers(type(model).__name__), recorder.after_stack, logits.detach())
 
 
 @dataclass
