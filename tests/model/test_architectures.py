@@ -47,7 +47,7 @@ def test_at_least_forty_types_are_measured():
         ("falcon_h1", "adds three outputs to the residual stream (`mamba`, `self_attn`, `feed_forward`)"),
         ("deepseek_v4", "not one vector per token"),
         ("inkling_text", "both of the two contributions"),
-        ("roberta-prelayernorm", "unembedding is not fed by the final norm"),
+        ("roberta-prelayernorm", "unembedding does not read the final norm"),
     ],
 )
 def test_what_the_method_is_not_defined_on_is_refused_with_the_reason(name, reason):
