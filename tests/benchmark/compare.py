@@ -81,9 +81,7 @@ def prompts_of(model: str, count: int, length: int) -> torch.Tensor:  # (prompt,
 class Comparison:
     """The tools, ready on one setting."""
 
-    def __init__(
-        self, setting: Setting, directory: Path, peers: bool, target: torch.Tensor | None, plain: bool
-    ) -> None:
+    def __init__(self, setting: Setting, directory: Path, peers: bool, target: torch.Tensor | None) -> None:
         self.setting = setting
         self.device = torch.device("cpu")
         dtype = getattr(torch, setting.dtype)
@@ -118,12 +116,6 @@ class Comparison:
                 ),
                 contenders.NNsight(model(), self.work, self.readout),
             ]
-        if plain and setting.dtype == "float32":
-            self.tools.append(
-                contenders.Engine(
-                    loaded, self.work, choice.path, self.rows, pack=False, runs=self.engine.runs
-                )
-            )
         self.tools.append(self.engine)
         self.n_layers = loaded.n_layers
 
@@ -236,7 +228,7 @@ def compare(
     setting: Setting, directory: Path, peers: bool, rounds: int, peak: float, exact: Exact | None, quick: bool
 ) -> tuple[Exact, dict[str, Any]]:
     """Check, count and time one setting."""
-    comparison = Comparison(setting, directory, peers, exact.target if exact else None, plain=not quick)
+    comparison = Comparison(setting, directory, peers, exact.target if exact else None)
     checked = {entry["name"]: entry for entry in comparison.check(exact.effects if exact else None)}
     assert comparison.work.target is not None
     own_results = exact or Exact(comparison.work.target, comparison.expected)
@@ -297,9 +289,7 @@ def whole_stages(model: str, scratch: Path, rounds: int) -> dict[str, Any]:
     layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
     length = 64 if model == "demo" else 256
     ids = prompts_of(model, cells.SOURCE + cells.STORE, length)
-    beside = Comparison(
-        Setting(model, "float32", "last", 2, length, 4, 6), directory, False, None, plain=False
-    )
+    beside = Comparison(Setting(model, "float32", "last", 2, length, 4, 6), directory, False, None)
     found: list[dict[str, Any]] = []
     loop: list[float] = []
     for number in range(rounds):

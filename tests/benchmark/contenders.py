@@ -4,20 +4,18 @@ Peers read, in every ablated forward, the direct effect of each contribution at 
 a hook) and the centred logit of the target. The engine is called as a cell of the workflow calls it.
 """
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
-from unittest import mock
 
 import numpy as np
 import torch
-from selfrepair.effects.measure import measure
+from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.runs import CleanRuns
-from selfrepair.models import packed
 from selfrepair.models.loading import LoadedModel
+from selfrepair.planning.sites import Site
 from torch import Tensor
 from workload import COMPONENTS, Effects, Piece, Readout, Work
 
@@ -46,11 +44,10 @@ class Engine:
         path: str,
         rows: int,
         *,
-        pack: bool = True,
         runs: CleanRuns | None = None,
     ) -> None:
-        self.name = "this engine" if pack else "this engine, plain products"
-        self.loaded, self.work, self.path, self.rows, self.pack = loaded, work, path, rows, pack
+        self.name = "this engine"
+        self.loaded, self.work, self.path, self.rows = loaded, work, path, rows
         self.runs = runs or self.clean_runs()
 
     def clean_runs(self) -> CleanRuns:
@@ -58,25 +55,18 @@ class Engine:
         runs = CleanRuns(
             self.loaded, self.work.prompts, self.work.positions, self.path == "rows", self.rows, 1 << 40
         )
-        with self._products():
-            for number in range(len(runs.batches)):
-                runs.run(number, 0)
+        for number in range(len(runs.batches)):
+            runs.run(number, 0)
         return runs
-
-    def _products(self) -> contextlib.AbstractContextManager[Any]:
-        """Products as the package chooses them, or plain ones."""
-        if self.pack:
-            return contextlib.nullcontext()
-        return mock.patch.object(packed, "available", lambda: False)
 
     def run(self, piece: Piece) -> Effects:
         """All prompts and draws, whatever the piece: cells are whole."""
         assert len(piece.prompts) == len(self.work.ids) and len(piece.draws) == self.work.n_draws
         found = self.measured(piece.layer, piece.components)
         shape = len(piece.components), len(piece.prompts), len(piece.draws)
-        order = np.lexsort((found["draw"], found["prompt"], found["component"]))
+        order = np.lexsort((found["draw"], found["prompt"], found["site"]))
         changes = np.stack([found["downstream_attn"], found["downstream_mlp"]], -1)
-        own = [COMPONENTS.index(piece.components[number]) for number in found["component"]]
+        own = [COMPONENTS.index(piece.components[number]) for number in found["site"]]
         # The product keeps the ablated contribution's own change apart.
         changes[np.arange(len(own)), piece.layer, own] = found["direct_effect"]
         return Effects(
@@ -86,18 +76,9 @@ class Engine:
 
     def measured(self, layer: int, components: tuple[str, ...]) -> dict[str, np.ndarray]:
         """The columns of one cell."""
-        with self._products():
-            return measure(
-                self.loaded,
-                self.runs,
-                self.work.ablation,
-                layer=layer,
-                components=components,
-                n_draws=self.work.n_draws,
-                positions=self.work.positions,
-                path=self.path,
-                rows=self.rows,
-            )
+        sites = tuple(Site(layer, component) for component in components)
+        settings = Settings(sites, self.work.n_draws, self.work.positions, self.path, self.rows)
+        return measure(self.loaded, self.runs, self.work.ablation, settings)
 
 
 def read_clean(model: Any, work: Work) -> Readout:

@@ -101,6 +101,7 @@ def measure(directory: Path, dtype: str) -> None:
     from selfrepair.effects.draws import Key
     from selfrepair.jobs.session import Session
     from selfrepair.models.weights import ModelSpec
+    from selfrepair.planning.sites import COMPONENTS, Site
     from selfrepair.prompts.prompt import Prompt
 
     torch.set_num_threads(2)
@@ -122,20 +123,12 @@ def measure(directory: Path, dtype: str) -> None:
         key = Key(0, "one-billion", "random", "replace")
         total, squares, floor = 0, 0.0, 0.0
         for layer in LAYERS:
-            stored = {(layer, component): store for component in ("attn", "mlp")}
+            sites = tuple(Site(layer, component) for component in COMPONENTS)
+            stored = dict.fromkeys(sites, store)
             for ablation in (Self(key), Zero(), Replace(key, n_draws, list(range(8)), stored)):
                 draws = n_draws if isinstance(ablation, Replace) else 1
-                found = cells.measure(
-                    loaded,
-                    runs,
-                    ablation,
-                    layer=layer,
-                    components=("attn", "mlp"),
-                    n_draws=draws,
-                    positions=positions,
-                    path=choice.path,
-                    rows=rows,
-                )
+                settings = cells.Settings(sites, draws, positions, choice.path, rows)
+                found = cells.measure(loaded, runs, ablation, settings)
                 change = found["delta_ablate"].astype(float)
                 explained = sum(
                     found[name].astype(float)

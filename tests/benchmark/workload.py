@@ -16,6 +16,7 @@ from selfrepair.effects.ablations import Replace
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.draws import Key
 from selfrepair.models.loading import LoadedModel
+from selfrepair.planning.sites import Site
 from selfrepair.prompts.prompt import Prompt
 from torch import Tensor
 
@@ -160,7 +161,7 @@ class Work:
     def value(self, layer: int, component: str, prompt: int, draw: int) -> Tensor:  # (P, d_model)
         """What replaces the contribution of `prompt` in `draw`."""
         place = self.ablation.replacement(prompt, draw) - self.ablation.store_prompts[0]
-        return self.stored[layer, component][place]
+        return self.stored[Site(layer, component)][place]
 
     def values(self, layer: int, component: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """(row, P, d_model) of (prompt, draw) pairs."""

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from selfrepair.effects import engine, selftest
+from selfrepair.effects import engine, passes, selftest
+from selfrepair.effects.rows import Rows
 from selfrepair.errors import InputError
 from selfrepair.models import attention, unembedding
 from selfrepair.models import loading as models
@@ -89,7 +90,7 @@ def test_a_hook_that_never_fires_is_caught(llama):
     try:
         with pytest.raises(InputError, match="7 of 8 contributions were seen"):
             check_closure(broken)
-        with pytest.raises(InputError, match=r"\(1, 'mlp'\)\] were not seen"):
+        with pytest.raises(InputError, match="not observed in a forward pass: layer 1 mlp"):
             selftest.choose(broken, prompts(9), "last")
     finally:
         del llama.model.get_submodule("model.layers.1").idle
@@ -188,20 +189,20 @@ def test_a_path_that_fails_is_not_taken(llama, monkeypatch):
     def fail(*_args):
         raise TypeError("no such keyword")
 
-    monkeypatch.setattr(engine, "_trims", fail)
+    monkeypatch.setattr(passes, "_trims", fail)
     choice = selftest.choose(llama, prompts(12), "all")
     assert choice.path == "replay"
     assert choice.rejected == {"trimmed": "TypeError: no such keyword"}
 
 
 def test_a_path_that_mixes_up_rows_is_not_taken(llama, monkeypatch):
-    original = engine._replaying
+    original = passes.replaying
 
-    def shuffled(loaded, rows, path):
-        final = original(loaded, rows, path)
-        return final if path == "full" else final.flip(0)
+    def shuffled(loaded, rows, *, within, trimmed):
+        final = original(loaded, rows, within=within, trimmed=trimmed)
+        return final.flip(0) if within else final
 
-    monkeypatch.setattr(engine, "_replaying", shuffled)
+    monkeypatch.setattr(passes, "replaying", shuffled)
     choice = selftest.choose(llama, prompts(12), "all")
     assert choice.path == "full"
     assert set(choice.rejected) == {"trimmed", "replay"}
@@ -217,17 +218,17 @@ def test_layers_that_read_more_than_the_residual_stream_may_not_be_left_out():
     third.register_forward_hook(lambda _m, _a, out: left[0] if left else out)
     choice = selftest.choose(loaded, prompts(12), "all")
     assert choice.path == "full"
-    assert "layer 3 needs more of the layers below" in choice.rejected["replay"]
+    assert "layer 3 reads more of the earlier layers" in choice.rejected["replay"]
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_a_model_on_which_every_path_is_wrong_is_refused(llama, positions, monkeypatch):
-    original = engine._Rows.see
+    original = Rows.observe
 
-    def biased(self, layer, component, at_last):
-        original(self, layer, component, at_last * 1.02)
+    def biased(self, site, at_last):
+        original(self, site, at_last * 1.02)
 
-    monkeypatch.setattr(engine._Rows, "see", biased)
+    monkeypatch.setattr(Rows, "observe", biased)
     with pytest.raises(InputError, match="no way of running ablations agrees") as refusal:
         selftest.choose(llama, prompts(12), positions)
     for path in engine.PATHS[positions]:

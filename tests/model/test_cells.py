@@ -20,6 +20,7 @@ from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, std
 from selfrepair.models.loading import LoadedModel, wrap
 from selfrepair.models.weights import ModelSpec
+from selfrepair.planning.sites import Site
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import schemas, tables
 
@@ -129,13 +130,14 @@ class Experiment:
 
     def contributions(self, dataset, layer, component):
         """(store prompt, P, d_model)"""
-        found = [self.forward(dataset, n).contributions[layer, component] for n in self.stored[dataset]]
+        found = [self.forward(dataset, n).contributions[Site(layer, component)] for n in self.stored[dataset]]
         return torch.stack([value if self.positions == "all" else value[-1:] for value in found])
 
     def value(self, row):
         """What must have replaced the row's contribution."""
         layer, component, prompt, draw = row["layer"], row["component"], row["prompt"], row["draw"]
-        own = self.forward("here", prompt).contributions[layer, component]
+        site = Site(layer, component)
+        own = self.forward("here", prompt).contributions[site]
         own = own if self.positions == "all" else own[-1:]
         kind = row["ablation"]
         key = draws.Key(SEED, MODEL, "here", kind)
@@ -147,7 +149,7 @@ class Experiment:
             return self.contributions("here", layer, component).mean(0)
         if kind.startswith("replace-"):
             dataset = kind.removeprefix("replace-")
-            found = self.forward(dataset, row["replacement"]).contributions[layer, component]
+            found = self.forward(dataset, row["replacement"]).contributions[site]
             return found if self.positions == "all" else found[-1:]
         if kind in ("random", "gaussian"):
             every = [self.contributions(d, layer, component).reshape(-1, own.shape[-1]) for d in self.ids]
@@ -164,7 +166,7 @@ class Experiment:
         noise = key.normal(row["prompt"], row["draw"], (len(ids), embedding.weight.shape[1]))
         noise = torch.from_numpy(noise).double() * 3 * embedding.weight.double().std()
         hook = embedding.register_forward_hook(lambda _m, _a, out: out + noise.to(out.dtype))
-        found = reference.forward(self.loaded, ids).contributions[row["layer"], row["component"]]
+        found = reference.forward(self.loaded, ids).contributions[Site(row["layer"], row["component"])]
         hook.remove()
         return found if self.positions == "all" else found[-1:]
 
@@ -198,8 +200,7 @@ def disagreement(experiment, rows):
         expected = reference.effects(
             experiment.loaded,
             ids,
-            row["layer"],
-            row["component"],
+            Site(row["layer"], row["component"]),
             value,
             row["target"],
             experiment.forward("here", row["prompt"]),
@@ -269,7 +270,7 @@ def test_clean_table(experiment):
         assert total == pytest.approx(row["clean_logit"], abs=1e-5)  # no biases in this model
         assert row["sigma"] == pytest.approx(float(norm.sigma(run.final)), rel=1e-6)
         for layer, component in itertools.product(range(4), ("attn", "mlp")):
-            x = run.contributions[layer, component][-1].double()
+            x = run.contributions[Site(layer, component)][-1].double()
             by_itself = weight @ (x / norm.sigma(x) * norm.gain)
             own = row[f"unembed_own_norm_{component}"][layer]
             assert own == pytest.approx(float(by_itself[target] - by_itself.mean()), abs=1e-5)

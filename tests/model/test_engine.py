@@ -6,8 +6,10 @@ import torch
 from selfrepair.effects import reference
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, names
-from selfrepair.effects.engine import PATHS, RowBlock, ablate
+from selfrepair.effects.engine import PATHS, ablate
+from selfrepair.effects.rows import RowBlock
 from selfrepair.models.loading import wrap
+from selfrepair.planning.sites import Site
 
 MODELS = {
     "llama": {},
@@ -29,8 +31,8 @@ def loaded(request):
     return wrap(tiny_models.exact(tiny_models.build(request.param, **MODELS[request.param])))
 
 
-def compare(loaded, positions, path, layer, component, lengths=(9, 12), n_draws=3, tolerance=1e-5):
-    generator = torch.Generator().manual_seed(layer)
+def compare(loaded, positions, path, site, lengths=(9, 12), n_draws=3, tolerance=1e-5):
+    generator = torch.Generator().manual_seed(site.layer)
     blocks, expected = [], []
     for length in lengths if path == "rows" else lengths[-1:]:
         ids = torch.randint(3, 200, (2, length), generator=generator)
@@ -44,10 +46,8 @@ def compare(loaded, positions, path, layer, component, lengths=(9, 12), n_draws=
         for prompt in range(2):
             target = int(run.direction.target[prompt])
             for draw in range(n_draws):
-                expected.append(
-                    reference.effects(loaded, ids[prompt], layer, component, value[prompt, draw], target)
-                )
-    actual = ablate(loaded, blocks, layer, component, positions, path)
+                expected.append(reference.effects(loaded, ids[prompt], site, value[prompt, draw], target))
+    actual = ablate(loaded, blocks, site, positions, path)
     assert actual.ledger_error().max() < tolerance
     for column in names(EFFECT, LOGIT, PROFILE, DIAGNOSTIC):
         wanted = torch.stack([getattr(row, column) for row in expected])
@@ -61,4 +61,4 @@ def compare(loaded, positions, path, layer, component, lengths=(9, 12), n_draws=
 def test_every_path_agrees_with_full_forwards(loaded, positions, path, layer, component):
     if path == "rows" and not type(loaded.model)._supports_attention_backend:
         pytest.skip("this architecture does not let attention be exchanged")
-    compare(loaded, positions, path, layer, component)
+    compare(loaded, positions, path, Site(layer, component))

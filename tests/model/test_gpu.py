@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 import torch
 from selfrepair.effects import measure
-from selfrepair.effects.ablations import EmbeddingNoise, Gaussian, Mean, Replace, Self, Zero
+from selfrepair.effects.ablations import EmbeddingNoise, Gaussian, Mean, Random, Replace, Self, Zero
 from selfrepair.effects.draws import Key
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import choose
@@ -23,6 +23,7 @@ from selfrepair.jobs.session import bytes_per_row
 from selfrepair.models import memory
 from selfrepair.models.device import pick_device
 from selfrepair.models.loading import wrap
+from selfrepair.planning.sites import contributions
 from selfrepair.prompts.prompt import Prompt
 
 pytestmark = [
@@ -30,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 LAYER, N_DRAWS = 1, 3
+SITES = tuple(contributions(range(LAYER, LAYER + 1)))
 CASES = [("last", "rows"), ("last", "decode"), ("all", "trimmed"), ("all", "replay")]
 KINDS = ("zero", "self", "mean", "random", "gaussian", "noise", "replace-s")
 # 100 million parameters in the layers, as the small models of the literature have.
@@ -61,7 +63,7 @@ def ablation(kind: str, loaded, positions: str, length: int, rows: int):
     generator = torch.Generator().manual_seed(0)
     d_model = loaded.adapter.d_model
     stored = torch.randn(6, kept, d_model, generator=generator).to(loaded.device, loaded.dtype)
-    values = {(LAYER, component): stored for component in ("attn", "mlp")}
+    values = dict.fromkeys(SITES, stored)
     if kind == "zero":
         return Zero()
     if kind == "self":
@@ -73,7 +75,7 @@ def ablation(kind: str, loaded, positions: str, length: int, rows: int):
     if kind.startswith("replace-"):
         return Replace(key, N_DRAWS, list(range(6)), values)
     moments = {place: torch.rand(d_model, generator=torch.Generator().manual_seed(1)) for place in values}
-    return Gaussian(key, moments, moments if kind == "gaussian" else None)
+    return Gaussian(key, moments, moments) if kind == "gaussian" else Random(key, moments)
 
 
 def cell(loaded, kind, positions, path, *, count=5, length=8, rows=64, tokens=1000, n_draws=N_DRAWS):
@@ -82,14 +84,11 @@ def cell(loaded, kind, positions, path, *, count=5, length=8, rows=64, tokens=10
         loaded,
         found,
         ablation(kind, loaded, positions, length, rows),
-        layer=LAYER,
-        components=("attn", "mlp"),
-        n_draws=n_draws if kind not in ("zero", "self", "mean") else 1,
-        positions=positions,
-        path=path,
-        rows=rows,
+        measure.Settings(
+            SITES, n_draws if kind not in ("zero", "self", "mean") else 1, positions, path, rows
+        ),
     )
-    order = np.lexsort((columns["draw"], columns["prompt"], columns["component"]))
+    order = np.lexsort((columns["draw"], columns["prompt"], columns["site"]))
     return {name: values[order] for name, values in columns.items()}
 
 

@@ -16,6 +16,7 @@ from selfrepair.jobs import session
 from selfrepair.jobs.session import Session, bytes_per_row
 from selfrepair.models import memory
 from selfrepair.models.loading import wrap
+from selfrepair.planning.sites import contributions
 from selfrepair.prompts.prompt import Prompt
 
 CASES = [("last", "rows"), ("last", "decode"), ("all", "trimmed")]
@@ -36,7 +37,7 @@ def replace(loaded, positions: str, n_draws: int) -> Replace:
     kept = 6 if positions == "all" else 1
     generator = torch.Generator().manual_seed(0)
     stored = torch.randn(8, kept, loaded.adapter.d_model, generator=generator)
-    values = {(1, component): stored for component in ("attn", "mlp")}
+    values = dict.fromkeys(contributions(range(1, 2)), stored)
     return Replace(Key(0, "m", "s", "replace-s"), n_draws, list(range(8)), values)
 
 
@@ -46,14 +47,9 @@ def cell(loaded, found: CleanRuns, positions: str, path: str, *, n_draws: int = 
         loaded,
         found,
         replace(loaded, positions, n_draws),
-        layer=1,
-        components=("attn", "mlp"),
-        n_draws=n_draws,
-        positions=positions,
-        path=path,
-        rows=rows,
+        measure.Settings(tuple(contributions(range(1, 2))), n_draws, positions, path, rows),
     )
-    order = np.lexsort((columns["draw"], columns["prompt"], columns["component"]))
+    order = np.lexsort((columns["draw"], columns["prompt"], columns["site"]))
     return {name: values[order] for name, values in columns.items()}
 
 
@@ -73,10 +69,10 @@ class Counter:
         self.rows = self.clean = 0
         ablate, run = measure.ablate, runs.clean_run
 
-        def counted(loaded, blocks, layer, component, positions, path):
+        def counted(loaded, blocks, site, positions, path):
             tokens = 1 if path in ("rows", "decode") else blocks[0].run.length
             self.rows = max(self.rows, sum(tokens * b.n_prompts * b.n_draws for b in blocks))
-            return ablate(loaded, blocks, layer, component, positions, path)
+            return ablate(loaded, blocks, site, positions, path)
 
         def counted_run(loaded, numbers, input_ids, **settings):
             self.clean = max(self.clean, input_ids.numel())
@@ -145,7 +141,7 @@ def test_rows_that_run_out_of_memory_are_halved(loaded, positions, path, monkeyp
     monkeypatch.setattr(measure, "ablate", small)
     same(cell(loaded, clean_runs(loaded, positions, path), positions, path), expected)
     assert sum(sizes) == 2 * 9 * 3 and max(sizes) == 2
-    assert "out of GPU memory: going on with half as many rows" in caplog.text
+    assert "out of GPU memory: resuming with half as many rows" in caplog.text
     # Groups that wait are cut along with the one that failed: failures do not grow with the number of groups.
     assert caplog.text.count("out of GPU memory") <= 2 * 5
 
@@ -245,7 +241,7 @@ def test_the_estimate_of_a_row_covers_what_a_pass_allocates(positions, path):
     found = CleanRuns(big, prompts(8, "all"), positions, path == "rows", 10**6, 1 << 40)
     found.run(0, 2)
     tokens = 8 * n_draws * (1 if path == "rows" else length)
-    zeros(big, found, positions, path)  # what is made once per model, packed weights for one
+    zeros(big, found, positions, path)  # what is made once per model
     with Allocations() as seen:
         zeros(big, found, positions, path, n_draws)
     assert 0.4 < seen.peak / (tokens * bytes_per_row(big, length)) < 1.0
@@ -262,7 +258,7 @@ def test_no_weight_is_copied_once_per_prompt(dtype):
         found = CleanRuns(big, some, "all", False, 10**6, 1 << 40)
         found.run(0, 2)
     assert seen.peak < 4 * head  # copies for 64 prompts: 32 to 64 times the head
-    zeros(big, found, "all", "trimmed")  # what is made once per model, packed weights for one
+    zeros(big, found, "all", "trimmed")  # what is made once per model
     with Allocations() as seen:
         zeros(big, found, "all", "trimmed")
     assert seen.peak < 64 * 6 * bytes_per_row(big, 6)
@@ -270,9 +266,9 @@ def test_no_weight_is_copied_once_per_prompt(dtype):
 
 def zeros(loaded, found, positions, path, n_draws=1):
     """One cell in one pass."""
-    settings = {"layer": 2, "components": ("attn", "mlp"), "n_draws": n_draws, "positions": positions}
+    settings = measure.Settings(tuple(contributions(range(2, 3))), n_draws, positions, path, 10**6)
     with torch.no_grad():
-        measure.measure(loaded, found, Zero(), path=path, rows=10**6, **settings)
+        measure.measure(loaded, found, Zero(), settings)
 
 
 class Allocations:

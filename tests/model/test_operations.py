@@ -11,10 +11,10 @@ import tiny_models
 import torch
 from selfrepair.effects.ablations import Replace
 from selfrepair.effects.draws import Key
-from selfrepair.effects.measure import measure
+from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.runs import CleanRuns
-from selfrepair.models import packed
 from selfrepair.models.loading import wrap
+from selfrepair.planning.sites import Site
 from selfrepair.prompts.prompt import Prompt
 
 D, INNER, HEADS, KV, HEAD, L, V = 48, 112, 6, 3, 10, 5, 1009
@@ -55,18 +55,9 @@ def cell(loaded, positions, path, layer, component, rows=4096):
     for number in range(len(runs.batches)):
         runs.run(number, layer)
     stored = torch.randn(5, 1 if positions == "last" else T, D, generator=generator)
-    ablation = Replace(Key(0, "m", "s", "a"), DRAWS, list(range(5)), {(layer, component): stored})
-    return lambda: measure(
-        loaded,
-        runs,
-        ablation,
-        layer=layer,
-        components=(component,),
-        n_draws=DRAWS,
-        positions=positions,
-        path=path,
-        rows=rows,
-    )
+    ablation = Replace(Key(0, "m", "s", "a"), DRAWS, list(range(5)), {Site(layer, component): stored})
+    settings = Settings((Site(layer, component),), DRAWS, positions, path, rows)
+    return lambda: measure(loaded, runs, ablation, settings)
 
 
 def calls(loaded, function):
@@ -154,14 +145,3 @@ def test_rows_bounds_each_pass_and_passes_are_full(loaded, positions, path, toke
     found = calls(loaded, function)
     per_pass = 1 if at_once == 1 else at_once // DRAWS * DRAWS  # whole prompts, where one fits
     assert found["4.mlp.gate_proj"] == -(-ROWS // per_pass)
-
-
-@pytest.mark.skipif(not packed.available(), reason="this PyTorch has no packed products")
-def test_packed_products_are_counted_as_what_they_replace(loaded, monkeypatch):
-    monkeypatch.setattr(packed, "_FEWEST_WEIGHTS", 0)
-    monkeypatch.setattr(packed, "_PLAIN_FASTER", 0.0)
-    loaded.checked.pop("packed", None)  # what was settled for this model with the real limit
-    function = cell(loaded, "last", "rows", 1, "attn")
-    with packed.context(loaded, ROWS) as count:
-        assert count == 7 * L
-        assert operations.count(function) == ROWS * LAST["attn"](1)

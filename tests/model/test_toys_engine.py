@@ -8,8 +8,10 @@ import tiny_models
 import torch
 import toys
 from selfrepair.effects.clean import clean_run
-from selfrepair.effects.engine import PATHS, RowBlock, ablate
+from selfrepair.effects.engine import PATHS, ablate
+from selfrepair.effects.rows import RowBlock
 from selfrepair.models.loading import wrap
+from selfrepair.planning.sites import Site
 
 TOKEN, REPLACEMENT, LENGTH = 4, 9, 5
 COLUMNS = [name for name in toys.Truth.__dataclass_fields__]
@@ -36,9 +38,10 @@ def test_effects_are_those_of_the_algebra(toy, positions, path, layer, component
         for token in (TOKEN, REPLACEMENT)
     )
     assert run.direction.target.tolist() == [toys.TARGET]
-    own = run.contributions[layer, component]
-    value = torch.stack([torch.zeros_like(own), other.contributions[layer, component]], 1)
-    found = ablate(loaded, [RowBlock(run, slice(0, 1), value)], layer, component, positions, path)
+    site = Site(layer, component)
+    own = run.contributions[site]
+    value = torch.stack([torch.zeros_like(own), other.contributions[site]], 1)
+    found = ablate(loaded, [RowBlock(run, slice(0, 1), value)], site, positions, path)
     for row, replacement in enumerate((None, REPLACEMENT)):
         truth = toys.truth(
             equations, TOKEN, layer, component, replacement=replacement, positions=positions, length=LENGTH
@@ -51,8 +54,8 @@ def test_self_repair_restores_what_the_algebra_says(toy):
     """Attention 0 removed at every position: restoration 1/2, 0.7 and 0.68, as docs/toy-models.md derives."""
     equations, loaded = toy
     run = clean_run(loaded, [0], torch.tensor([toys.prompt(TOKEN, LENGTH)]), positions="all")
-    value = torch.zeros_like(run.contributions[0, "attn"])[:, None]
-    found = ablate(loaded, [RowBlock(run, slice(0, 1), value)], 0, "attn", "all", "trimmed")
+    value = torch.zeros_like(run.contributions[Site(0, "attn")])[:, None]
+    found = ablate(loaded, [RowBlock(run, slice(0, 1), value)], Site(0, "attn"), "all", "trimmed")
     compensation = float(found.compensation_attn + found.compensation_mlp)
     expected = {toys.ERASURE: 0.5, toys.SELF_REPAIR: 0.7, toys.BACKUP: 0.6799}[equations]
     assert -compensation / float(found.direct_effect) == pytest.approx(expected, abs=1e-4)

@@ -24,11 +24,13 @@ import transformers
 from selfrepair.effects import reference
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, names
-from selfrepair.effects.engine import RowBlock, ablate
+from selfrepair.effects.engine import ablate
+from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.selftest import Choice, choose
 from selfrepair.errors import InputError
 from selfrepair.models.adapter import require_decoder_only
 from selfrepair.models.loading import LoadedModel, wrap
+from selfrepair.planning.sites import Site
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -253,13 +255,12 @@ def disagreement(loaded: LoadedModel, positions: str, path: str) -> tuple[float,
     before = reference.forward(loaded, ids[0])
     target = int(run.direction.target[0])
     worst = ledger = 0.0
-    for layer, component in ((1, "attn"), (1, "mlp"), (3, "attn"), (3, "mlp")):
+    for site in (Site(1, "attn"), Site(1, "mlp"), Site(3, "attn"), Site(3, "mlp")):
         kept = ids.shape[1] if positions == "all" else 1
         value = torch.randn(1, 2, kept, loaded.adapter.d_model, generator=generator, dtype=torch.float64)
-        found = ablate(loaded, [RowBlock(run, slice(0, 1), value)], layer, component, positions, path)
+        found = ablate(loaded, [RowBlock(run, slice(0, 1), value)], site, positions, path)
         expected = [
-            reference.effects(loaded, ids[0], layer, component, value[0, draw], target, before)
-            for draw in range(2)
+            reference.effects(loaded, ids[0], site, value[0, draw], target, before) for draw in range(2)
         ]
         ledger = max(ledger, float(found.ledger_error().max()))
         for column in names(EFFECT, LOGIT, DIAGNOSTIC):

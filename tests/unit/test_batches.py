@@ -51,13 +51,13 @@ def test_groups_cover_the_cell_once_within_the_bound(path, all_kept):
     for tokens, n_draws, rows in itertools.product((6, 40), (1, 3, 7), (1, 10, 64)):
         cell = _Runs(tokens, all_kept)
         seen = Counter()
-        for group in measure._rectangles(cell, n_draws, rows, path):
+        for group in measure._rectangles(cell, measure.Settings((), n_draws, "last", path, rows)):
             used = 0
             for rectangle in group:
                 batch = cell.batches[rectangle.batch]
                 per_row = 1 if path in ("rows", "decode") else batch.length
                 used += per_row * len(rectangle.prompts) * len(rectangle.draws)
-                chosen = batch.prompts[rectangle.chosen]
+                chosen = batch.prompts[rectangle.slice]
                 seen.update((p.id, draw) for p in chosen for draw in rectangle.draws)
             single = len(group) == 1 and len(group[0].prompts) == len(group[0].draws) == 1
             assert used <= rows or single, (path, tokens, n_draws, rows, group)
@@ -67,7 +67,7 @@ def test_groups_cover_the_cell_once_within_the_bound(path, all_kept):
 
 
 def test_rows_of_different_lengths_share_a_group_where_they_may():
-    (group,) = measure._rectangles(_Runs(1000, True), 2, 1000, "rows")
+    (group,) = measure._rectangles(_Runs(1000, True), measure.Settings((), 2, "last", "rows", 1000))
     assert len({rectangle.batch for rectangle in group}) == 4
 
 

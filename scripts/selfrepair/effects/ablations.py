@@ -1,12 +1,13 @@
-"""The values that replace a contribution: zero, mean, random, gaussian, noise, another prompt's, its own.
+"""Replacement values: what an ablation puts in the place of a contribution.
 
-Each ablation is a function of (layer, component, prompt, draw) to a tensor of the contribution's shape, drawn
-with keys (see draws.py). All work on a rectangle of prompts of one clean run times a range of draws.
+Every class is one row of `selfrepair.planning.ablations`. It maps (prompts of one clean run, draws, site) to a tensor
+of replacement values; its random numbers are keyed by prompt and draw (see draws.py).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,20 +18,46 @@ from selfrepair.effects.draws import Key
 from selfrepair.models import hooks
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.probes import probe_ids
+from selfrepair.planning.ablations import kind
+from selfrepair.planning.sites import Site, contributions
 
 NOISE_SCALE = 3.0  # standard deviations of the token embeddings (Eq. 37; the convention of ROME)
 
+Values = Mapping[Site, Tensor]
+
+
+@dataclass
+class Inputs:
+    """What the values of an ablation are made from. Only what the table of ablations lists has to be given."""
+
+    key: Key
+    loaded: LoadedModel
+    positions: str
+    n_draws: int
+    rows: int  # tokens per pass
+    store_prompts: list[int] = field(default_factory=list)  # ids of the stored prompts
+    stored: Values = field(default_factory=dict)  # (stored prompt, P, d_model) of each site
+    mean: Values = field(default_factory=dict)  # over all data sets of the experiment
+    std: Values = field(default_factory=dict)
+
 
 class Ablation(Protocol):
-    """Where replacement values come from."""
+    """A source of replacement values."""
 
-    def value(self, run: CleanRun, prompts: slice, draws: range, layer: int, component: str) -> Tensor:
-        """(prompt, draw, P, d_model) on the run's device, in contribution units (residual multiplier included)."""
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return (prompt, draw, P, d_model) on the run's device, residual multiplier included."""
         ...
 
     def replacement(self, prompt: int, draw: int) -> int | None:
-        """Id of the replacement prompt in its data set's tokens table, where there is one."""
+        """Return the id of the replacement prompt in its data set's tokens table; None if there is none."""
         ...
+
+
+def create(ablation: str, inputs: Inputs) -> Ablation:
+    """Return the ablation with this name, for example `zero` or `replace-facts`. Raises ValueError if unknown."""
+    module, _, name = kind(ablation).path.rpartition(".")
+    values: Ablation = getattr(importlib.import_module(module), name).create(inputs)
+    return values
 
 
 class _WithoutReplacement:
@@ -38,34 +65,39 @@ class _WithoutReplacement:
         return None
 
 
-def _like(run: CleanRun, prompts: slice, layer: int, component: str) -> Tensor:
-    return run.contributions[layer, component][prompts]
-
-
 @dataclass
 class Zero(_WithoutReplacement):
-    """Eq. 35: nothing."""
+    """Eq. 35: zeros."""
 
-    def value(self, run: CleanRun, prompts: slice, draws: range, layer: int, component: str) -> Tensor:
-        """Zeros."""
-        own = _like(run, prompts, layer, component)
-        return torch.zeros_like(own)[:, None].expand(-1, len(draws), -1, -1)
+    @classmethod
+    def create(cls, inputs: Inputs) -> "Zero":
+        """Return the ablation of one cell."""
+        return cls()
+
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(run.contributions[site][prompts])[:, None].expand(-1, len(draws), -1, -1)
 
 
 @dataclass
 class Self(_WithoutReplacement):
-    """The control: a contribution replaced by itself. What it changes is the run's noise floor.
+    """The control: a contribution replaced by itself. Its effects are the run's noise floor.
 
-    In 16-bit precision each number is moved by about one unit in its last place, up, down or not at all: as good
-    a result of the same arithmetic. A replay reproduces a 16-bit run bit by bit, since float32 sums in another
-    order mostly round to the same 16 bits; exactly itself would state a floor of 0 that no effect has.
+    In 16-bit precision each number is moved by about one unit in its last place: up, down or not at all. A replay
+    reproduces a 16-bit run bit by bit, because float32 sums in another order mostly round to the same 16 bits, so
+    replacing a contribution by exactly itself would report a noise floor of 0.
     """
 
     key: Key
 
-    def value(self, run: CleanRun, prompts: slice, draws: range, layer: int, component: str) -> Tensor:
-        """The clean contribution, to the precision it has."""
-        own = _like(run, prompts, layer, component)
+    @classmethod
+    def create(cls, inputs: Inputs) -> "Self":
+        """Return the ablation of one cell."""
+        return cls(inputs.key)
+
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return the clean contribution, to the precision it has."""
+        own = run.contributions[site][prompts]
         if own.dtype.itemsize == 2:
             shape = tuple(own.shape[1:])
             steps = [
@@ -73,7 +105,7 @@ class Self(_WithoutReplacement):
                 for prompt in run.prompts[prompts]
             ]
             step = torch.from_numpy(np.stack(steps)).to(own.device).float()
-            # Neighbours are eps/2 to eps apart, relative to the number.
+            # Neighbouring numbers are eps/2 to eps apart, relative to the number.
             own = (own.float() * (1 + 0.75 * torch.finfo(own.dtype).eps * step)).to(own.dtype)
         return own[:, None].expand(-1, len(draws), -1, -1)
 
@@ -82,60 +114,98 @@ class Self(_WithoutReplacement):
 class Mean(_WithoutReplacement):
     """Eq. 36: the mean over the source data set's store prompts, position by position."""
 
-    means: dict[tuple[int, str], Tensor]  # (layer, component) -> (P, d_model)
+    means: Values  # (P, d_model) of each site
 
-    def value(self, run: CleanRun, prompts: slice, draws: range, layer: int, component: str) -> Tensor:
-        """The mean, for every prompt and draw."""
-        own = _like(run, prompts, layer, component)
-        mean = self.means[layer, component].to(own.device, own.dtype)
+    @classmethod
+    def create(cls, inputs: Inputs) -> "Mean":
+        """Return the ablation of one cell."""
+        return cls({site: stored.double().mean(0) for site, stored in inputs.stored.items()})
+
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return the mean, for every prompt and draw."""
+        own = run.contributions[site][prompts]
+        mean = self.means[site].to(own.device, own.dtype)
         return mean.expand(len(own), len(draws), -1, -1)
 
 
 @dataclass
-class Gaussian(_WithoutReplacement):
-    """Noise with the activations' standard deviation per dimension; `random` without, `gaussian` with their mean."""
+class Random(_WithoutReplacement):
+    """Normal noise with mean 0 and the standard deviation of the activations per dimension.
+
+    The noise of a (prompt, draw) is the same for every layer and component up to its scale.
+    """
 
     key: Key
-    std: dict[tuple[int, str], Tensor]  # (layer, component) -> (d_model,)
-    mean: dict[tuple[int, str], Tensor] | None  # the same; None: 0
+    std: Values  # (d_model,) of each site
 
-    def value(self, run: CleanRun, prompts: slice, draws: range, layer: int, component: str) -> Tensor:
-        """Noise that is the same for every layer and component up to its scale."""
-        own = _like(run, prompts, layer, component)
+    @classmethod
+    def create(cls, inputs: Inputs) -> "Random":
+        """Return the ablation of one cell."""
+        return cls(inputs.key, inputs.std)
+
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return the scaled noise."""
+        own = run.contributions[site][prompts]
+        return self._scaled_noise(run, prompts, draws, site).to(own.dtype)
+
+    def _scaled_noise(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        own = run.contributions[site][prompts]
         shape = tuple(own.shape[1:])
         noise = np.stack(
             [[self.key.normal(prompt, draw, shape) for draw in draws] for prompt in run.prompts[prompts]]
         )
-        value = torch.from_numpy(noise).to(own.device) * self.std[layer, component].to(own.device)
-        if self.mean is not None:
-            value = value + self.mean[layer, component].to(own.device)
-        return value.to(own.dtype)
+        return torch.from_numpy(noise).to(own.device) * self.std[site].to(own.device)
+
+
+@dataclass
+class Gaussian(Random):
+    """The same noise with the mean of the activations added, so that it could be a natural activation."""
+
+    mean: Values  # (d_model,) of each site
+
+    @classmethod
+    def create(cls, inputs: Inputs) -> "Gaussian":
+        """Return the ablation of one cell."""
+        return cls(inputs.key, inputs.std, inputs.mean)
+
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return the scaled noise plus the mean."""
+        own = run.contributions[site]
+        noise = self._scaled_noise(run, prompts, draws, site)
+        return (noise + self.mean[site].to(own.device)).to(own.dtype)
 
 
 @dataclass
 class Replace:
-    """Eq. 38, 11: another prompt's contribution (resample ablation; from another data set, replacement ablation)."""
+    """Eq. 38 and 11: another prompt's contribution (resample ablation; from another data set, replacement ablation)."""
 
     key: Key
     n_draws: int
     store_prompts: list[int]  # ids of the stored prompts
-    stored: dict[tuple[int, str], Tensor]  # (layer, component) -> (stored prompt, P, d_model)
+    stored: Values  # (stored prompt, P, d_model) of each site
 
-    def _indices(self, prompt: int) -> np.ndarray:
+    @classmethod
+    def create(cls, inputs: Inputs) -> "Replace":
+        """Return the ablation of one cell."""
+        return cls(inputs.key, inputs.n_draws, inputs.store_prompts, inputs.stored)
+
+    def _indices(self, prompt: int) -> np.ndarray:  # (draw,)
         return self.key.replacements(prompt, self.n_draws, len(self.store_prompts))
 
-    def value(self, run: CleanRun, prompts: slice, draws: range, layer: int, component: str) -> Tensor:
-        """The stored contributions of the drawn prompts."""
-        own = _like(run, prompts, layer, component)
-        chosen = np.stack(
-            [self._indices(prompt)[draws.start : draws.stop] for prompt in run.prompts[prompts]]
-        )
-        stored = self.stored[layer, component].to(own.device)
-        return stored[torch.from_numpy(chosen).to(own.device)].to(own.dtype)
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return the stored contributions of the drawn prompts."""
+        own = run.contributions[site]
+        indices = np.stack([self._indices(p)[draws.start : draws.stop] for p in run.prompts[prompts]])
+        stored = self.stored[site].to(own.device)
+        return stored[torch.from_numpy(indices).to(own.device)].to(own.dtype)
 
     def replacement(self, prompt: int, draw: int) -> int:
-        """Id of the stored prompt drawn for (prompt, draw)."""
+        """Return the id of the stored prompt drawn for (prompt, draw)."""
         return self.store_prompts[self._indices(prompt)[draw]]
+
+
+# Contributions of one noised run, by site: (P, d_model).
+NoisedRun = dict[Site, Tensor]
 
 
 @dataclass
@@ -143,70 +213,73 @@ class EmbeddingNoise(_WithoutReplacement):
     """Eq. 37: the contribution in a run of the same prompt whose token embeddings carry normal noise.
 
     The noise has 3 times the standard deviation of the embedding matrix, ROME's convention, and is the same for
-    every layer and component of a (prompt, draw). It is added where the first layer reads, so that embedding
-    multipliers and position embeddings are in, and scaled like them.
+    every layer and component of a (prompt, draw). It is added to the input of the first layer, after embedding
+    multipliers and position embeddings, and scaled by the multiplier.
     """
 
     key: Key
     loaded: LoadedModel
     positions: str
-    rows: int  # tokens run at once
-    # One noised run gives every layer's contributions. Where they all fit into memory they are kept here for the
-    # cells of the other layers: (prompt, draw) -> (layer, component) -> (P, d_model). None: do not keep.
-    kept: dict[tuple[int, int], dict[tuple[int, str], Tensor]] | None = None
+    rows: int  # tokens per pass
+    # One noised run gives every layer's contributions. If they all fit into memory, the session keeps them here for
+    # the cells of other layers, by (prompt, draw). None: do not keep them.
+    kept: dict[tuple[int, int], NoisedRun] | None = None
 
-    def value(self, run: CleanRun, prompts: slice, draws: range, layer: int, component: str) -> Tensor:
-        """The contributions of the noised runs."""
+    @classmethod
+    def create(cls, inputs: Inputs) -> "EmbeddingNoise":
+        """Return the ablation of one cell."""
+        return cls(inputs.key, inputs.loaded, inputs.positions, inputs.rows)
+
+    def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
+        """Return the contributions of the noised runs."""
         ids = run.prompts[prompts]
         tokens = dict(zip(ids, run.input_ids[prompts], strict=True))
-        wanted = [(prompt, draw) for prompt in ids for draw in draws]
-        known = self.kept if self.kept is not None else {}
-        missing = [pair for pair in wanted if pair not in known]
+        pairs = [(prompt, draw) for prompt in ids for draw in draws]
+        cached = self.kept if self.kept is not None else {}
+        values = {pair: cached[pair][site] for pair in pairs if pair in cached}
+        missing = [pair for pair in pairs if pair not in cached]
         per_pass = max(1, self.rows // run.length)
-        found = {pair: known[pair][layer, component] for pair in wanted if pair in known}
         for first in range(0, len(missing), per_pass):
-            pairs = missing[first : first + per_pass]
-            if self.kept is None:
-                seen = self._noised(pairs, tokens, {(layer, component)})
-            else:
-                every = {(number, c) for number in range(self.loaded.n_layers) for c in ("attn", "mlp")}
-                seen = self._noised(pairs, tokens, every)
-                for place, pair in enumerate(pairs):
-                    self.kept[pair] = {where: values[place] for where, values in seen.items()}
-            found.update(zip(pairs, seen[layer, component], strict=True))
-        value = torch.stack([found[pair] for pair in wanted])
+            batch = missing[first : first + per_pass]
+            sites = {site} if self.kept is None else set(contributions(self.loaded.n_layers))
+            noised = self._noised(batch, tokens, sites)
+            values.update(zip(batch, noised[site], strict=True))
+            if self.kept is not None:
+                for number, pair in enumerate(batch):
+                    self.kept[pair] = {at: tensor[number] for at, tensor in noised.items()}
+        value = torch.stack([values[pair] for pair in pairs])
         return value.reshape(len(ids), len(draws), *value.shape[1:])
 
     @torch.no_grad()
     def _noised(
-        self, pairs: list[tuple[int, int]], tokens: dict[int, Tensor], wanted: set[tuple[int, str]]
-    ) -> dict[tuple[int, str], Tensor]:  # (pair, P, d_model) each
-        """Run (prompt, draw) pairs with noised embeddings, as far as the last contribution that is wanted."""
+        self, pairs: list[tuple[int, int]], tokens: dict[int, Tensor], sites: set[Site]
+    ) -> dict[Site, Tensor]:  # (pair, P, d_model) each
+        """Run (prompt, draw) pairs with noised embeddings until every contribution of `sites` is known."""
         loaded = self.loaded
-        ids = torch.stack([tokens[prompt] for prompt, _ in pairs])
+        ids = torch.stack([tokens[prompt] for prompt, _ in pairs])  # (pair, T)
         shape = (ids.shape[1], loaded.adapter.d_model)
         noise = torch.from_numpy(np.stack([self.key.normal(*pair, shape) for pair in pairs]))
         noise = noise.to(loaded.device) * (NOISE_SCALE * embedding_std(loaded))
-        seen: dict[tuple[int, str], Tensor] = {}
+        noised: dict[Site, Tensor] = {}
 
-        def keep(place: tuple[int, str]) -> Callable[[object], None]:
-            def see(output: object) -> None:
-                value = hooks.first(output).reshape(*ids.shape, -1) * loaded.layer(place[0]).multiplier
-                seen[place] = (value if self.positions == "all" else value[:, -1:]).clone()
-                if len(seen) == len(wanted):
+        def keep(site: Site) -> Callable[[Any], None]:
+            def see(output: Any) -> None:
+                value = hooks.first(output).reshape(*ids.shape, -1) * loaded.layer(site.layer).multiplier
+                noised[site] = (value if self.positions == "all" else value[:, -1:]).clone()
+                if len(noised) == len(sites):
                     raise hooks.StopForward
 
             return see
 
-        outputs = [(loaded.contribution(*place), keep(place)) for place in wanted]
-        noised = hooks.on_input([(loaded.layers[0], lambda hidden: hidden + noise.to(hidden.dtype))])
-        with noised, hooks.on_output(outputs):
+        outputs = [(loaded.contribution(site), keep(site)) for site in sites]
+        adding = hooks.on_input([(loaded.layers[0], lambda hidden: hidden + noise.to(hidden.dtype))])
+        with adding, hooks.on_output(outputs):
             hooks.run_until_stopped(loaded.model, input_ids=ids, use_cache=False)
-        return seen
+        return noised
 
 
 def embedding_std(loaded: LoadedModel) -> float:
-    """Standard deviation over all entries of the token embedding, as the first layer receives it."""
+    """Return the standard deviation over all entries of the token embedding, as the first layer receives it."""
     if "embedding_std" not in loaded.checked:
         embedding = loaded.model.get_input_embeddings()
         assert isinstance(embedding.weight, Tensor)
@@ -218,23 +291,23 @@ def embedding_std(loaded: LoadedModel) -> float:
 
 @torch.no_grad()
 def _embedding_multiplier(loaded: LoadedModel) -> float:
-    """What the model multiplies its embeddings by before the first layer (1 in most)."""
+    """Return the factor between the embeddings and the input of the first layer (1 in most models)."""
     ids = probe_ids(loaded.model)
     outputs: list[Tensor] = []
-    entering: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def enter(hidden: Tensor) -> None:
-        entering.append(hidden.double())
+        inputs.append(hidden.double())
         raise hooks.StopForward
 
     embedding = loaded.model.get_input_embeddings()
-    seen = hooks.on_output([(embedding, lambda out: outputs.append(out.double()))])
-    with seen, hooks.on_input([(loaded.layers[0], enter)]):
+    embedded = hooks.on_output([(embedding, lambda out: outputs.append(out.double()))])
+    with embedded, hooks.on_input([(loaded.layers[0], enter)]):
         hooks.run_until_stopped(loaded.model, input_ids=ids, use_cache=False)
-    before, after = outputs[0], entering[0]
+    before, after = outputs[0], inputs[0]
     if before.shape != after.shape:
         return 1.0
     factor = float((before * after).sum() / before.square().sum())
     exact = float((after - factor * before).norm() / after.norm()) < 1e-2
-    # Only a plain multiple is a multiplier; added position embeddings leave the scale as it is.
+    # Position embeddings added to the token embeddings leave the scale as it is.
     return factor if exact else 1.0

@@ -1,4 +1,4 @@
-"""The clean run of a batch of prompts: everything an ablation starts from or is compared with."""
+"""The clean run of a batch of prompts: the activations that ablated runs start from and are compared with."""
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from selfrepair.effects.equations import centred
-from selfrepair.models import attention, hooks, packed
+from selfrepair.models import attention, hooks
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.readout import Direction, Readout
+from selfrepair.planning.sites import COMPONENTS, Site, contributions
 
-_PROMPTS_READ = 64  # prompts whose logits over the whole vocabulary are worked out at once
+_PROMPTS_READ = 64  # prompts whose logits over the whole vocabulary are computed at once
 
 
 @dataclass
 class CleanRun:
-    """Prompts of one length T, run once. P = 1 (positions: last) or T (positions: all) kept positions.
+    """The clean run of prompts of one length T, with P = 1 (positions: last) or T (positions: all) kept positions.
 
     Activations are in the model's precision, effects in readout precision.
     """
@@ -37,16 +38,16 @@ class CleanRun:
     residual: dict[int, Tensor] = field(
         default_factory=dict
     )  # layer -> (prompt, P, d_model) entering it; L: the final one, (prompt, 1, d_model)
-    contributions: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # -> (prompt, P, d_model)
+    contributions: dict[Site, Tensor] = field(default_factory=dict)  # -> (prompt, P, d_model)
     prefix: attention.KeysValues = field(default_factory=dict)
 
     @property
     def length(self) -> int:
-        """T, tokens per prompt."""
+        """Return T, tokens per prompt."""
         return self.input_ids.shape[1]
 
     def nbytes(self) -> int:
-        """Memory of the kept activations."""
+        """Return the bytes of the kept activations."""
         tensors = [*self.residual.values(), *self.contributions.values()]
         tensors += [tensor for pair in self.prefix.values() for tensor in pair]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -63,17 +64,17 @@ def clean_run(
     keep: Collection[int] | None = None,  # layers whose activations are wanted; None: all
     prefix: bool = False,  # record keys and values (models that support it)
 ) -> CleanRun:
-    """Run prompts once and keep what the method needs of it."""
+    """Run prompts once and return their effects, and the activations of the layers in `keep`."""
     readout, n_layers = loaded.readout, loaded.n_layers
     wanted = set(range(n_layers)) if keep is None else set(keep)
     batch, length = input_ids.shape
     residual: dict[int, Tensor] = {}
-    contributions: dict[tuple[int, str], Tensor] = {}
-    at_last: dict[tuple[int, str], Tensor] = {}  # (prompt, d_model), readout precision
+    kept_contributions: dict[Site, Tensor] = {}
+    at_last: dict[Site, Tensor] = {}  # (prompt, d_model), readout precision
     embedding: list[Tensor] = []
 
     def kept(x: Tensor) -> Tensor:
-        # Cloned: some models go on to add into the tensors that hooks see.
+        # Cloned: some models add into the tensors that hooks are given.
         return (x if positions == "all" else x[:, -1:]).clone()
 
     def entering(number: int) -> Callable[[Tensor], None]:
@@ -85,27 +86,23 @@ def clean_run(
 
         return see
 
-    def contributing(number: int, component: str) -> Callable[[object], None]:
-        multiplier = loaded.layer(number).multiplier
+    def contributing(site: Site) -> Callable[[object], None]:
+        multiplier = loaded.layer(site.layer).multiplier
 
         def see(output: object) -> None:
             value = hooks.first(output).reshape(batch, length, -1)
             if multiplier != 1.0:
                 value = value * multiplier
-            at_last[number, component] = value[:, -1].to(readout.dtype).clone()
-            if number in wanted:
-                contributions[number, component] = kept(value)
+            at_last[site] = value[:, -1].to(readout.dtype).clone()
+            if site.layer in wanted:
+                kept_contributions[site] = kept(value)
 
         return see
 
     def leaving(output: object) -> None:
         residual[n_layers] = hooks.first(output)[:, -1:].clone()
 
-    outputs = [
-        (loaded.contribution(number, component), contributing(number, component))
-        for number in range(n_layers)
-        for component in ("attn", "mlp")
-    ]
+    outputs = [(loaded.contribution(site), contributing(site)) for site in contributions(n_layers)]
     inputs = [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
     nothing: attention.KeysValues = {}
     recorder: contextlib.AbstractContextManager[attention.KeysValues] = (
@@ -115,18 +112,17 @@ def clean_run(
         hooks.on_input(inputs),
         hooks.on_output([*outputs, (loaded.layers[-1], leaving)]),
         recorder as keys_values,
-        packed.context(loaded, batch * length),
     ):
         output = loaded.model(input_ids=input_ids, use_cache=False, **loaded.last_logits_only)
 
     final = residual[n_layers][:, -1].to(readout.dtype)
     # One readout serves every precision: float32 or better, from the final residual stream. In float32 and
-    # float64 it agrees with the model's own logits to rounding; for 16-bit models it is the reference that
-    # picks the target (their own logits tie and flip in the last bit).
+    # float64 it agrees with the model's own logits to rounding. For 16-bit models it picks the target, because
+    # their own logits tie and flip in the last bit.
     argmax, chosen, probability, readout_error = _read(readout, final, output.logits[:, -1], target)
     direction = readout.direction(chosen, final)
     clean_y, _ = readout.centred_logit(final, direction)
-    stacked = {c: torch.stack([at_last[n, c] for n in range(n_layers)], 1) for c in ("attn", "mlp")}
+    stacked = {c: torch.stack([at_last[Site(n, c)] for n in range(n_layers)], 1) for c in COMPONENTS}
     rebuilt = embedding[0] + stacked["attn"].sum(1) + stacked["mlp"].sum(1)
     return CleanRun(
         prompts=list(prompts),
@@ -141,7 +137,7 @@ def clean_run(
         readout_error=readout_error,
         own_norm={component: readout.centred_logit(x, direction)[0] for component, x in stacked.items()},
         residual=residual,
-        contributions=contributions,
+        contributions=kept_contributions,
         prefix=keys_values,
     )
 
@@ -152,9 +148,9 @@ def _read(
     own: Tensor,  # (prompt, vocabulary) the model's own logits
     target: Tensor | None,  # (prompt,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Argmax, target, its probability and the readout's error of each prompt, all (prompt,).
+    """Return argmax, target, the target's probability and the readout's error of each prompt, all (prompt,).
 
-    Some prompts at a time: what has the vocabulary's size in float32 would outgrow everything else.
+    Prompts are read in chunks, because float32 logits over the vocabulary would be the largest tensor of the run.
     """
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for first in range(0, len(final), _PROMPTS_READ):
@@ -170,7 +166,10 @@ def _read(
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """Clean runs of prompts of one length, made with the same settings, as one; so too whatever they are made of."""
+    """Return several clean runs of prompts of one length, with the same settings, as one.
+
+    Applied to the fields of a run: tensors are joined along their first dimension, containers entry by entry.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts))

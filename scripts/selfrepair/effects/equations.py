@@ -1,4 +1,4 @@
-"""The accounting of one ablation: every equation of the method, on tensors alone.
+"""The accounting of one ablation: every equation of the method, as functions of tensors.
 
 All quantities are centred logits of the target token at the last position; changes are ablated minus clean.
 Shapes: `row` stands for one ablated run (a prompt and a draw), `layer` for the model's layers, from 0.
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from selfrepair.effects.columns import Effects
+from selfrepair.planning.sites import ATTN, MLP, Site, is_downstream
 
 
 def centred(logits: Tensor, target: Tensor) -> Tensor:  # (row, vocabulary), (row,) -> (row,)
-    """Eq. 9: the target's logit minus the mean over the vocabulary."""
+    """Return Eq. 9: the target's logit minus the mean over the vocabulary."""
     return logits.gather(-1, target[:, None])[:, 0] - logits.mean(-1)
 
 
 def delta_ablate(ablated_logit: Tensor, clean_logit: Tensor) -> Tensor:  # (row,), (row,) -> (row,)
-    """Eq. 12, 14: the total effect; negative when the ablation hurts."""
+    """Return Eq. 12 and 14: the total effect; negative when the ablation hurts."""
     return ablated_logit - clean_logit
 
 
@@ -25,14 +26,14 @@ def downstream_change(
     ablated: Tensor,  # (row, layer) the same after the ablation, clean sigma
     downstream: Tensor,  # (layer,) bool: which contributions the ablation can reach
 ) -> Tensor:  # (row, layer)
-    """Eq. 13, 34: the change of each downstream contribution's direct effect; 0 where not downstream."""
+    """Return Eq. 13 and 34: the change of each downstream contribution's direct effect; 0 if not downstream."""
     return torch.where(
         downstream, ablated - clean, torch.zeros((), dtype=ablated.dtype, device=ablated.device)
     )
 
 
 def compensatory_effect(change: Tensor) -> Tensor:  # (row, layer) -> (row,)
-    """Eq. 33: the summed change of the downstream direct effects."""
+    """Return Eq. 33: the summed change of the downstream direct effects."""
     return change.sum(-1)
 
 
@@ -41,22 +42,22 @@ def norm_effect(
     ablated_sigma: Tensor,  # (row,)
     clean_sigma: Tensor,  # (row,)
 ) -> Tensor:  # (row,)
-    """What the final norm's own change of scale does (Rushing and Nanda 2024, the LayerNorm term)."""
+    """Return the effect of the changed scale of the final norm (Rushing and Nanda 2024, the LayerNorm term)."""
     return ablated_logit * (1 - ablated_sigma / clean_sigma)
 
 
 def reached(
-    layer: int, component: str, parallel: bool, layers: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Which attention and which MLP contributions lie downstream of an ablation: two (layer,) bool tensors.
+    ablated: Site, parallel: bool, layers: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # (layer,), (layer,)
+    """Return which attention and which MLP contributions are downstream of an ablation."""
 
-    An attention ablation at k reaches attention from k+1 and MLPs from k (from k+1 where both run in
-    parallel); an MLP ablation reaches both from k+1.
-    """
-    index = torch.arange(layers, device=device)
-    attn = index > layer
-    mlp = index >= layer if component == "attn" and not parallel else index > layer
-    return attn, mlp
+    def mask(component: str) -> Tensor:
+        sites = [Site(layer, component) for layer in range(layers)]
+        return torch.tensor(
+            [is_downstream(site, ablated, parallel=parallel) for site in sites], device=device
+        )
+
+    return mask(ATTN), mask(MLP)
 
 
 def replacement_geometry(
@@ -90,25 +91,25 @@ def account(
     constant: Tensor,  # (row,)
     replacement: Tensor,  # (row, d_model) at the position read
     contribution: Tensor,  # (row, d_model) the clean one
-    layer: int,
-    component: str,
+    site: Site,
     parallel: bool,
 ) -> Effects:
-    """Put the equations together for the ablation of `component` at `layer`.
+    """Return the effects of the ablation at `site`.
 
-    The total effect comes from the final residual stream, the parts from the contributions: that they agree
-    (`Effects.ledger_error`) is the product's audit, not an assumption.
+    The total effect comes from the final residual stream, the parts from the contributions. Their agreement
+    (`Effects.ledger_error`) is therefore an audit, not an assumption.
     """
-    own_clean, own_ablated = (clean_attn, ablated_attn) if component == "attn" else (clean_mlp, ablated_mlp)
-    reach_attn, reach_mlp = reached(layer, component, parallel, clean_attn.shape[-1], clean_attn.device)
+    by_component = {ATTN: (clean_attn, ablated_attn), MLP: (clean_mlp, ablated_mlp)}
+    own_clean, own_ablated = (effects[:, site.layer] for effects in by_component[site.component])
+    reach_attn, reach_mlp = reached(site, parallel, clean_attn.shape[-1], clean_attn.device)
     change_attn = downstream_change(clean_attn, ablated_attn, reach_attn)
     change_mlp = downstream_change(clean_mlp, ablated_mlp, reach_mlp)
     clean_logit, ablated_logit = clean_y + constant, ablated_y + constant
     norm_ratio, cosine = replacement_geometry(replacement, contribution)
     return Effects(
-        delta_unembed=own_clean[:, layer],
+        delta_unembed=own_clean,
         delta_ablate=delta_ablate(ablated_y, clean_y),
-        direct_effect=own_ablated[:, layer] - own_clean[:, layer],
+        direct_effect=own_ablated - own_clean,
         compensation_attn=compensatory_effect(change_attn),
         compensation_mlp=compensatory_effect(change_mlp),
         norm_effect=norm_effect(ablated_y, ablated_sigma, clean_sigma),

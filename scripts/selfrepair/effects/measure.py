@@ -1,21 +1,35 @@
-"""One cell: every source prompt, component and draw of one ablation at one layer."""
+"""One cell: every source prompt, site and draw of one ablation at one layer."""
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from selfrepair.effects.ablations import Ablation
+from selfrepair.effects.clean import CleanRun
 from selfrepair.effects.columns import COLUMNS, Effects
-from selfrepair.effects.engine import RowBlock, ablate
+from selfrepair.effects.engine import ablate
+from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.runs import CleanRuns
-from selfrepair.models import memory, packed
+from selfrepair.models import memory
 from selfrepair.models.loading import LoadedModel
+from selfrepair.planning.sites import Site
 
 log = logging.getLogger("selfrepair")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which ablations a cell measures, and how they run."""
+
+    sites: tuple[Site, ...]  # of one layer
+    n_draws: int  # per prompt
+    positions: str  # last | all
+    path: str  # of the engine
+    rows: int  # tokens per matrix product: bounds the memory of a pass
 
 
 @dataclass(frozen=True)
@@ -27,103 +41,77 @@ class _Rectangle:
     draws: range
 
     @property
-    def chosen(self) -> slice:
-        """Its prompts, of the batch's."""
+    def slice(self) -> slice:
+        """Return the slice of the batch's prompts."""
         return slice(self.prompts.start, self.prompts.stop)
 
 
 def measure(
-    loaded: LoadedModel,
-    runs: CleanRuns,
-    ablation: Ablation,
-    *,
-    layer: int,
-    components: Sequence[str],
-    n_draws: int,
-    positions: str,
-    path: str,
-    rows: int,
+    loaded: LoadedModel, runs: CleanRuns, ablation: Ablation, settings: Settings
 ) -> dict[str, np.ndarray]:
-    """The effect columns of a cell, rows in the order of component, prompt (as batched) and draw.
+    """Return the effect columns of a cell. Rows are ordered by site, prompt (as batched) and draw.
 
-    `rows`: tokens per matrix product, the bound on memory; halved and tried again when a GPU runs out.
-    Returns `component` (index into `components`), `prompt` and `draw` beside the columns of `Effects`. Outcomes
-    that were not computed are left out.
+    Besides the columns of `Effects` there are `site` (an index into `settings.sites`), `prompt` and `draw`.
+    Outcomes that were not computed are left out. If a GPU runs out of memory, passes are halved and repeated;
+    raises InputError if one row alone does not fit.
     """
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
-    with packed.context(loaded, rows):
-        for number, component in enumerate(components):
-            pieces = _pieces(loaded, runs, ablation, layer, component, n_draws, positions, path, rows)
-            for effects, prompts, draws in pieces:
-                parts["component"].append(np.full(len(prompts), number))
-                parts["prompt"].append(prompts)
-                parts["draw"].append(draws)
-                for name in COLUMNS:
-                    values = getattr(effects, name)
-                    if values is not None:
-                        parts[name].append(values.to("cpu").numpy())
+    for number, site in enumerate(settings.sites):
+        for effects, prompts, draws in _pieces(loaded, runs, ablation, site, settings):
+            parts["site"].append(np.full(len(prompts), number))
+            parts["prompt"].append(prompts)
+            parts["draw"].append(draws)
+            for name in COLUMNS:
+                values = getattr(effects, name)
+                if values is not None:
+                    parts[name].append(values.to("cpu").numpy())
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _pieces(
-    loaded: LoadedModel,
-    runs: CleanRuns,
-    ablation: Ablation,
-    layer: int,
-    component: str,
-    n_draws: int,
-    positions: str,
-    path: str,
-    rows: int,
+    loaded: LoadedModel, runs: CleanRuns, ablation: Ablation, site: Site, settings: Settings
 ) -> Iterator[tuple[Effects, np.ndarray, np.ndarray]]:
-    pending = list(reversed(list(_rectangles(runs, n_draws, rows, path))))
+    """Yield the effects of the rows that run at once, with their prompts and draws."""
+    pending = list(reversed(list(_rectangles(runs, settings))))
     while pending:
         group = pending.pop()
         try:
-            effects = _ablated(loaded, runs, ablation, group, layer, component, positions, path)
+            blocks = [
+                _block(runs.run(rectangle.batch, site.layer), rectangle, ablation, site)
+                for rectangle in group
+            ]
+            effects = ablate(loaded, blocks, site, settings.positions, settings.path)
         except torch.OutOfMemoryError:
             effects = None
         if effects is None:
-            # Outside of the handler: the error's traceback would hold the tensors of the failed attempt.
+            # Outside of the handler: the error's traceback would keep the tensors of the failed attempt alive.
             memory.release()
             halves = _halves(group)
             if halves is None:
                 raise memory.too_little(loaded.device, runs.batches[group[0].batch].length)
-            log.warning("out of GPU memory: going on with half as many rows at once")
-            # What has not run yet is as large: all of it is cut, not each group after a failure of its own.
+            log.warning("out of GPU memory: resuming with half as many rows at once")
+            # All that has not run yet is as large: halve all of it instead of failing once per group.
             pending = [half for other in pending for half in reversed(_halves(other) or [other])]
             pending += reversed(halves)
             continue
-        ids = [
+        pairs = [
             (prompt.id, draw)
             for rectangle in group
-            for prompt in runs.batches[rectangle.batch].prompts[rectangle.chosen]
+            for prompt in runs.batches[rectangle.batch].prompts[rectangle.slice]
             for draw in rectangle.draws
         ]
-        prompts, draws = np.array(ids, dtype=np.int64).T
+        prompts, draws = np.array(pairs, dtype=np.int64).T
         yield effects, prompts, draws
 
 
-def _ablated(
-    loaded: LoadedModel,
-    runs: CleanRuns,
-    ablation: Ablation,
-    group: list[_Rectangle],
-    layer: int,
-    component: str,
-    positions: str,
-    path: str,
-) -> Effects:
-    blocks = []
-    for rectangle in group:
-        run = runs.run(rectangle.batch, layer)
-        value = ablation.value(run, rectangle.chosen, rectangle.draws, layer, component)
-        blocks.append(RowBlock(run, rectangle.chosen, value))
-    return ablate(loaded, blocks, layer, component, positions, path)
+def _block(run: CleanRun, rectangle: _Rectangle, ablation: Ablation, site: Site) -> RowBlock:
+    value = ablation.value(run, rectangle.slice, rectangle.draws, site)
+    return RowBlock(run, rectangle.slice, value)
 
 
-def _rectangles(runs: CleanRuns, n_draws: int, rows: int, path: str) -> Iterator[list[_Rectangle]]:
-    """Groups of rectangles that run at once: at most `rows` tokens each, where one prompt and draw is not more."""
+def _rectangles(runs: CleanRuns, settings: Settings) -> Iterator[list[_Rectangle]]:
+    """Yield groups of rectangles that run at once: at most `rows` tokens each, or a single row if it is longer."""
+    n_draws, rows, path = settings.n_draws, settings.rows, settings.path
     group: list[_Rectangle] = []
     room = rows
     for number, batch in enumerate(runs.batches):
@@ -131,7 +119,7 @@ def _rectangles(runs: CleanRuns, n_draws: int, rows: int, path: str) -> Iterator
         draws_at_once = min(n_draws, max(1, rows // per_row))
         first = 0
         while first < len(batch.prompts):
-            # Fill what is left of the group; a group of its own when not even one prompt fits.
+            # Fill the rest of the group; start another if not even one prompt fits.
             fitting = room // (per_row * draws_at_once)
             if fitting == 0 and group:
                 yield group
@@ -148,7 +136,7 @@ def _rectangles(runs: CleanRuns, n_draws: int, rows: int, path: str) -> Iterator
                     group.append(rectangle)
                     room -= size * draws_at_once * per_row
             first += size
-            # Other paths take one length, one rectangle. Runs that are not kept are held one batch at a time.
+            # Other paths take one rectangle of one length. Runs that are not kept are in memory one batch at a time.
             if group and (path != "rows" or not runs.all_kept):
                 yield group
                 group, room = [], rows
@@ -157,7 +145,7 @@ def _rectangles(runs: CleanRuns, n_draws: int, rows: int, path: str) -> Iterator
 
 
 def _halves(group: list[_Rectangle]) -> list[list[_Rectangle]] | None:
-    """The same work in two pieces; None where it is one row."""
+    """Return the same work in two pieces; None for a single row."""
     if len(group) > 1:
         return [group[: len(group) // 2], group[len(group) // 2 :]]
     (whole,) = group

@@ -1,8 +1,8 @@
-"""The independent computation every number is held to: one hooked full forward pass per ablation.
+"""The reference that every number is compared with: one hooked full forward pass per ablation.
 
-Slow on purpose and plain: nothing is cached, no layer is skipped, the unembedding is multiplied out over the whole
-vocabulary, and the norm is applied as the model applies it. It shares with the engine only the paths of the
-contribution modules.
+It is slow on purpose: nothing is cached, no layer is skipped, and the unembedding is multiplied over the whole
+vocabulary. It shares with the engine only the paths of the contribution modules, and has its own definition of
+"downstream".
 """
 
 from collections.abc import Callable
@@ -15,15 +15,14 @@ from torch import Tensor
 from selfrepair.effects.columns import Effects
 from selfrepair.models import hooks
 from selfrepair.models.loading import LoadedModel
+from selfrepair.planning.sites import Site, contributions
 
 
 @dataclass
 class ForwardPass:
     """One full forward pass of one prompt, read at its last position, in float64."""
 
-    contributions: dict[
-        tuple[int, str], Tensor
-    ]  # (T, d_model), residual multiplier included, model precision
+    contributions: dict[Site, Tensor]  # (T, d_model), residual multiplier included, model precision
     final: Tensor  # (d_model,) z^L
     logits: Tensor  # (vocabulary,) before soft-cap, with the model's scale
 
@@ -32,35 +31,30 @@ class ForwardPass:
 def forward(
     loaded: LoadedModel,
     input_ids: Tensor,  # (T,)
-    replace: tuple[int, str, Tensor]
-    | None = None,  # layer, component, (T, d_model) or (1, d_model): last only
+    replace: tuple[Site, Tensor] | None = None,  # (T, d_model), or (1, d_model) for the last position only
 ) -> ForwardPass:
-    """Run one prompt, with one contribution replaced if wanted."""
-    contributions: dict[tuple[int, str], Tensor] = {}
+    """Run one prompt, with one contribution replaced if `replace` is given."""
+    seen: dict[Site, Tensor] = {}
     final: list[Tensor] = []
     raw: list[Tensor] = []
 
-    def watch(layer: int, component: str) -> Callable[[Any], Any]:
-        multiplier = loaded.layer(layer).multiplier
+    def watch(site: Site) -> Callable[[Any], Any]:
+        multiplier = loaded.layer(site.layer).multiplier
 
         def see(output: Any) -> Any:
             value = hooks.first(output)
             flat = value.reshape(len(input_ids), -1)
-            if replace is not None and replace[:2] == (layer, component):
+            if replace is not None and replace[0] == site:
                 flat = flat.clone()
-                flat[-len(replace[2]) :] = replace[2].to(flat.dtype) / multiplier
-                contributions[layer, component] = flat * multiplier
+                flat[-len(replace[1]) :] = replace[1].to(flat.dtype) / multiplier
+                seen[site] = flat * multiplier
                 return hooks.with_first(output, flat.clone().reshape(value.shape))
-            contributions[layer, component] = flat.clone() * multiplier
+            seen[site] = flat.clone() * multiplier
             return None
 
         return see
 
-    modules = [
-        (loaded.contribution(layer, component), watch(layer, component))
-        for layer in range(loaded.n_layers)
-        for component in ("attn", "mlp")
-    ]
+    modules = [(loaded.contribution(site), watch(site)) for site in contributions(loaded.n_layers)]
     ends = [
         (loaded.layers[-1], lambda output: final.append(hooks.first(output)[0, -1].clone())),
         (
@@ -70,15 +64,14 @@ def forward(
     ]
     with hooks.on_output([*modules, *ends]):
         loaded.model(input_ids=input_ids[None], use_cache=False)
-    return ForwardPass(contributions, final[0], raw[0].double() * loaded.adapter.logit_scale)
+    return ForwardPass(seen, final[0], raw[0].double() * loaded.adapter.logit_scale)
 
 
 @torch.no_grad()
 def effects(
     loaded: LoadedModel,
     input_ids: Tensor,  # (T,)
-    layer: int,
-    component: str,
+    site: Site,
     value: Tensor,  # (T, d_model), or (1, d_model) to replace the last position only; contribution units
     target: int,
     clean: ForwardPass | None = None,
@@ -88,7 +81,7 @@ def effects(
     Tensors are float64 on the CPU and have no row dimension: scalars () and profiles (layer,).
     """
     before = clean if clean is not None else forward(loaded, input_ids)
-    after = forward(loaded, input_ids, (layer, component, value))
+    after = forward(loaded, input_ids, (site, value))
     norm = loaded.readout.norm
     head = loaded.model.get_submodule(loaded.adapter.head_path)
     assert isinstance(head.weight, Tensor)
@@ -104,7 +97,7 @@ def effects(
     frozen = sigma(before.final)
 
     def unembed(vectors: list[Tensor]) -> list[float]:
-        """u(x) of each vector: centre over the whole vocabulary, take the target."""
+        """Return u(x) of each vector: its target logit minus the mean over the whole vocabulary."""
         x = torch.stack([vector.double() for vector in vectors])
         x = x - x.mean(-1, keepdim=True) if norm.centred else x
         x = (x / frozen * norm.gain.double()).T * (
@@ -118,30 +111,30 @@ def effects(
     def logit(run: ForwardPass) -> float:
         return float(run.logits[target] - run.logits.mean())
 
-    every = [(l, c) for l in range(loaded.n_layers) for c in ("attn", "mlp")]  # noqa: E741
-    vectors = [run.contributions[key][-1] for run in (before, after) for key in every]
-    seen = unembed([*vectors, before.final])
-    clean_effects = dict(zip(every, seen, strict=False))
-    ablated_effects = dict(zip(every, seen[len(every) :], strict=False))
-    unbiased = seen[-1]
+    sites = list(contributions(loaded.n_layers))
+    vectors = [run.contributions[at][-1] for run in (before, after) for at in sites]
+    effects_read = unembed([*vectors, before.final])
+    clean_effects = dict(zip(sites, effects_read, strict=False))
+    ablated_effects = dict(zip(sites, effects_read[len(sites) :], strict=False))
+    unbiased = effects_read[-1]
 
-    def change(l: int, c: str) -> float:  # noqa: E741
-        return ablated_effects[l, c] - clean_effects[l, c]
+    def change(layer: int, component: str) -> float:
+        at = Site(layer, component)
+        return ablated_effects[at] - clean_effects[at]
 
-    n_layers = loaded.n_layers
-    parallel = loaded.layer(layer).parallel
-    first_mlp = layer if component == "attn" and not parallel else layer + 1
-    attn = [change(l, "attn") if l > layer else 0.0 for l in range(n_layers)]  # noqa: E741
-    mlp = [change(l, "mlp") if l >= first_mlp else 0.0 for l in range(n_layers)]  # noqa: E741
+    layers, k = range(loaded.n_layers), site.layer
+    first_mlp = k if site.component == "attn" and not loaded.layer(k).parallel else k + 1
+    attn = [change(layer, "attn") if layer > k else 0.0 for layer in layers]
+    mlp = [change(layer, "mlp") if layer >= first_mlp else 0.0 for layer in layers]
     biases = logit(before) - unbiased
     y_ablated = logit(after) - biases
-    own, replacement = (run.contributions[layer, component][-1].double() for run in (before, after))
+    own, replacement = (run.contributions[site][-1].double() for run in (before, after))
     lengths = float((own * own).sum().sqrt()), float((replacement * replacement).sum().sqrt())
     nan = float("nan")
     values: dict[str, float | list[float]] = {
-        "delta_unembed": clean_effects[layer, component],
+        "delta_unembed": clean_effects[site],
         "delta_ablate": logit(after) - logit(before),
-        "direct_effect": change(layer, component),
+        "direct_effect": change(k, site.component),
         "compensation_attn": sum(attn),
         "compensation_mlp": sum(mlp),
         "norm_effect": y_ablated * (1 - float(sigma(after.final) / frozen)),

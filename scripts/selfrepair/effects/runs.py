@@ -21,7 +21,7 @@ log = logging.getLogger("selfrepair")
 # model's own logits over its vocabulary, stay small beside the weights.
 _TOKENS = 8192
 _PROMPTS = 256
-_TOKENS_MEASURED = 8  # of one prompt, to tell what all runs will take
+_TOKENS_MEASURED = 8  # of one prompt, from which the memory of all runs is estimated
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ class Batch:
 
     @property
     def length(self) -> int:
-        """T."""
+        """Return T, tokens per prompt."""
         return len(self.prompts[0].input_ids)
 
     def input_ids(self, device: torch.device) -> Tensor:  # (prompt, T)
-        """Token ids."""
+        """Return the token ids."""
         return torch.tensor([prompt.input_ids for prompt in self.prompts], device=device)
 
     def targets(self) -> Tensor | None:  # (prompt,)
-        """Target tokens, where they are given."""
+        """Return the target tokens; None if they are the argmax of the clean logits."""
         given = [prompt.target for prompt in self.prompts]
         return None if None in given else torch.tensor(given)
 
 
 def batches(prompts: Sequence[Prompt], tokens: int) -> Iterator[Batch]:
-    """Cut prompts into batches of one length, at most `tokens` tokens each (or one prompt). Nothing is ever padded.
+    """Yield batches of prompts of one length, at most `tokens` tokens each (or one prompt). Nothing is padded.
 
-    Batches of short prompts are kept small as well, see _TOKENS and _PROMPTS.
+    _TOKENS and _PROMPTS bound the batches as well.
     """
     by_length: dict[int, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
@@ -68,9 +68,9 @@ def run_batch(
     keep: Collection[int] | None,
     prefix: bool = False,
 ) -> CleanRun:
-    """The clean run of a batch (arguments as for `clean_run`); in halves where a GPU's memory runs out.
+    """Return the clean run of a batch (arguments as for `clean_run`), in halves if a GPU runs out of memory.
 
-    Raises InputError where one prompt alone is too much.
+    Raises InputError if one prompt alone does not fit.
     """
     try:
         return clean_run(
@@ -85,19 +85,19 @@ def run_batch(
     except torch.OutOfMemoryError:
         if len(batch.prompts) == 1:
             raise memory.too_little(loaded.device, batch.length) from None
-    # Outside of the handler: the error's traceback would hold the tensors of the failed attempt.
+    # Outside of the handler: the error's traceback would keep the tensors of the failed attempt alive.
     memory.release()
-    log.warning("out of GPU memory: going on with half as many prompts at once")
+    log.warning("out of GPU memory: resuming with half as many prompts at once")
     middle = len(batch.prompts) // 2
     halves = (Batch(batch.prompts[:middle]), Batch(batch.prompts[middle:]))
     return join([run_batch(loaded, half, positions=positions, keep=keep, prefix=prefix) for half in halves])
 
 
 class CleanRuns:
-    """Clean runs by batch, with the activations of the layer asked for.
+    """The clean runs of a data set, by batch.
 
-    All layers of all batches are kept if they fit into `budget` bytes together; otherwise a request runs its
-    batch again for that layer only, so that memory is bounded by a batch, not by the number of prompts.
+    All layers of all batches are kept if they fit into `budget` bytes together. Otherwise every request runs its
+    batch again and keeps one layer's activations, so memory is bounded by a batch, not by the number of prompts.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class CleanRuns:
 
     @property
     def all_kept(self) -> bool:
-        """Whether runs, once made, stay."""
+        """Return whether all runs are kept once they are computed."""
         return self.nbytes <= self._budget
 
     def run(self, number: int, layer: int) -> CleanRun:
-        """The clean run of batch `number`; its activations at `layer` are there."""
+        """Return the clean run of batch `number` with its activations at `layer`."""
         if self.all_kept:
             return self.readings(number)
         if self._latest is None or self._latest[0] != (number, layer):
@@ -130,7 +130,7 @@ class CleanRuns:
         return self._latest[1]
 
     def readings(self, number: int) -> CleanRun:
-        """The clean run of batch `number`, with its activations only where they are kept anyway."""
+        """Return the clean run of batch `number`, without activations unless they are kept anyway."""
         if not self.all_kept:
             return self._run(number, ())
         if number not in self._kept:
@@ -138,16 +138,16 @@ class CleanRuns:
         return self._kept[number]
 
     def serves(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether these runs are those of `prompts`: the same ids, and the targets asked for or found."""
+        """Return whether these are the runs of `prompts`: the same ids and the same targets."""
         wanted = {prompt.id: prompt.target for prompt in prompts}
         if wanted == self._targets:
             return True
-        found = {
+        targets = {
             prompt: target
             for run in self._kept.values()
             for prompt, target in zip(run.prompts, run.direction.target.tolist(), strict=True)
         }
-        return found == wanted
+        return targets == wanted
 
     def _run(self, number: int, keep: Collection[int] | None) -> CleanRun:
         return run_batch(
@@ -156,9 +156,9 @@ class CleanRuns:
 
     @cached_property
     def nbytes(self) -> int:
-        """About what all runs take together."""
-        # Measured on the beginning of a prompt and one layer and scaled: the residual stream and two contributions
-        # per layer, for all prompts alike; keys and values by tokens.
+        """Return about how many bytes all runs take together."""
+        # Measured on the beginning of a prompt and one layer, then scaled: the residual stream and two contributions
+        # per layer and position kept; keys and values per token.
         prompt = self.batches[0].prompts[0]
         run = run_batch(
             self._loaded,
@@ -172,6 +172,6 @@ class CleanRuns:
         tokens = sum(len(batch.prompts) * batch.length for batch in self.batches)
         prompts = sum(len(batch.prompts) for batch in self.batches)
         rows = prompts if self._positions == "last" else tokens / run.length
-        # Of the last position no keys and values are recorded.
+        # Keys and values of the last position are not recorded.
         recorded = (tokens - prompts) / max(1, run.length - 1)
         return math.ceil(one * self._loaded.n_layers * rows + keys_values * recorded)

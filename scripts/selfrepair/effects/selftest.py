@@ -1,7 +1,8 @@
-"""Which engine path a model may take: the fastest that agrees with full hooked forwards on its own prompts.
+"""The choice of the engine's path for a model: the fastest path that agrees with full hooked forward passes.
 
-Checked at load, on the prompts at hand (a window or a chunk of attention shows only at real lengths): every effect
-column for an early and a middle layer and both components, and for every layer that a run may begin there.
+The check runs at load on the experiment's own prompts, because windows and chunks of attention matter only at real
+lengths. It compares every effect column for an early and a middle layer and both components, and it checks for every
+layer that a run may begin there.
 """
 
 import logging
@@ -13,11 +14,12 @@ from torch import Tensor
 from selfrepair.effects import reference
 from selfrepair.effects.clean import CleanRun, clean_run
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, Effects, names
-from selfrepair.effects.engine import PATHS, RowBlock, ablate, restart_error
+from selfrepair.effects.engine import PATHS, ablate, restart_error
+from selfrepair.effects.rows import RowBlock
 from selfrepair.errors import InputError
 from selfrepair.models import attention
 from selfrepair.models.loading import LoadedModel
-from selfrepair.planning.sites import COMPONENTS
+from selfrepair.planning.sites import ATTN, MLP, Site, contributions
 
 log = logging.getLogger("selfrepair")
 
@@ -31,7 +33,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, tor
 
 @dataclass(frozen=True)
 class Choice:
-    """A path, how far it was from the reference, and why faster ones were not taken."""
+    """A path, its distance from the reference, and the reasons against faster paths."""
 
     path: str
     error: float  # largest absolute difference of any effect column, in logits
@@ -40,9 +42,9 @@ class Choice:
 
 
 def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str) -> Choice:
-    """The fastest path that agrees with full forwards on `prompts` (token ids, (T,) each).
+    """Return the fastest path that agrees with full forward passes on `prompts` (token ids, (T,) each).
 
-    Raises InputError if none does: then this model cannot be measured by intervening on its modules.
+    Raises InputError if no path does: then this model cannot be measured by intervening on its modules.
     """
     rejected: dict[str, str] = {}
     expected = _Expected(loaded, prompts, positions)
@@ -70,7 +72,7 @@ def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str) -> Choice
 
 
 def _unchanged(row: Effects) -> Effects:
-    """What a contribution replaced by itself must give."""
+    """Return the expected effects of a contribution replaced by itself, from those of any other ablation of it."""
     changes = {name: torch.zeros_like(getattr(row, name)) for name in _CHANGES}
     unchanged = {name: torch.ones_like(getattr(row, name)) for name in names(DIAGNOSTIC)}
     return replace(row, ablated_logit=row.clean_logit, **changes, **unchanged)
@@ -95,36 +97,37 @@ class _Expected:
 
     def __init__(self, loaded: LoadedModel, prompts: list[Tensor], positions: str) -> None:
         self.loaded, self.positions = loaded, positions
-        self.cases: list[tuple[int, str, list[Tensor], list[Effects]]] = []
+        self.cases: list[tuple[Site, list[Tensor], list[Effects]]] = []
         generator = torch.Generator().manual_seed(0)
         middle = loaded.n_layers // 2
         clean = [reference.forward(loaded, ids) for ids in prompts]
-        wanted = {(number, component) for number in range(loaded.n_layers) for component in COMPONENTS}
-        if silent := sorted(wanted - set(clean[0].contributions)):
+        if silent := sorted(set(contributions(loaded.n_layers)) - set(clean[0].contributions)):
             raise InputError(
-                f"contributions {silent[:4]} were not seen in a forward pass",
+                f"these contributions were not observed in a forward pass: {', '.join(map(str, silent[:4]))}",
                 where=type(loaded.model).__name__,
                 remedy="this model cannot be measured; please report it with its config.json.",
             )
-        for layer, component in dict.fromkeys([(0, "attn"), (0, "mlp"), (middle, "attn"), (middle, "mlp")]):
+        for site in dict.fromkeys(
+            Site(layer, component) for layer in (0, middle) for component in (ATTN, MLP)
+        ):
             values, rows = [], []
             for ids, before in zip(prompts, clean, strict=True):
-                own = before.contributions[layer, component]
+                own = before.contributions[site]
                 kept = len(own) if positions == "all" else 1
                 # Noise of the contribution's own size moves all sites downstream.
                 noise = torch.randn(kept, own.shape[-1], generator=generator).to(own.device)
                 value = (noise * _noise_size(before, layer, component)).to(own.dtype)
                 target = int(before.logits.argmax())
-                # Two rows, or a path that mixes rows up would pass: the second replaces the contribution by itself.
+                # Two rows, so that a path that mixes rows up fails: the second replaces the contribution by itself.
                 values.append(torch.stack([value, own[-kept:]]))
-                expected = reference.effects(loaded, ids, layer, component, value, target, before)
+                expected = reference.effects(loaded, ids, site, value, target, before)
                 rows += [expected, _unchanged(expected)]
-            self.cases.append((layer, component, values, rows))
+            self.cases.append((site, values, rows))
         self.prompts = prompts
         self.targets = [int(before.logits.argmax()) for before in clean]
 
     def disagreement(self, path: str) -> tuple[float, float]:
-        """Largest absolute difference of any column, and relative to the logits at stake."""
+        """Return the largest absolute difference of any column, and the same relative to the logits at stake."""
         loaded = self.loaded
         runs = [
             clean_run(
@@ -140,20 +143,20 @@ class _Expected:
         if path != "full":
             self._check_restarts(runs[-1], path)
         worst = worst_relative = 0.0
-        for layer, component, values, rows in self.cases:
+        for site, values, rows in self.cases:
             blocks = [
                 RowBlock(run, slice(0, 1), value[None]) for run, value in zip(runs, values, strict=True)
             ]
             groups = [blocks] if path == "rows" else [[block] for block in blocks]
-            found = [ablate(loaded, group, layer, component, self.positions, path) for group in groups]
+            measured = [ablate(loaded, group, site, self.positions, path) for group in groups]
             logits = torch.stack([getattr(row, name) for row in rows for name in names(LOGIT)])
             stake = max(1.0, float(logits.abs().max()))
             # Engine and reference share the adapter: a wrong one may leave both open by the same amount.
-            ledger = float(torch.cat([effects.ledger_error() for effects in found]).max())
+            ledger = float(torch.cat([effects.ledger_error() for effects in measured]).max())
             if not ledger <= TOLERANCE[loaded.dtype] * stake:
-                raise InputError(f"the ledger is open by {ledger:.2g} logits (layer {layer}, {component})")
+                raise InputError(f"the ledger is open by {ledger:.2g} logits ({site})")
             for column in names(EFFECT, LOGIT):
-                actual = torch.cat([getattr(effects, column) for effects in found]).double().cpu()
+                actual = torch.cat([getattr(effects, column) for effects in measured]).double().cpu()
                 wanted = torch.stack([getattr(row, column) for row in rows])
                 difference = float((actual - wanted).abs().max())
                 if not difference < float("inf"):  # also when it is not a number
@@ -162,10 +165,10 @@ class _Expected:
         return worst, worst_relative
 
     def _check_restarts(self, run: CleanRun, path: str) -> None:
-        """Every layer must give its clean output when a run begins there: one layer each, one pass in all."""
+        """Raise InputError unless every layer gives its clean output when a run begins there."""
         for start in range(1, self.loaded.n_layers):
-            own = run.contributions[start - 1, "mlp"][:, None]
+            own = run.contributions[Site(start - 1, MLP)][:, None]
             block = RowBlock(run, slice(0, 1), own.expand(-1, 2, -1, -1))
             error = restart_error(self.loaded, block, start, self.positions, path)
             if not error <= TOLERANCE[self.loaded.dtype]:
-                raise InputError(f"layer {start} needs more of the layers below than the residual stream")
+                raise InputError(f"layer {start} reads more of the earlier layers than the residual stream")

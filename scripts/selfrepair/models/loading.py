@@ -25,7 +25,7 @@ from selfrepair.models.probes import probe_ids
 from selfrepair.models.readout import Readout
 from selfrepair.models.roles import check_roles
 from selfrepair.models.weights import ModelSpec, local_snapshot, weights_digest
-from selfrepair.planning.sites import COMPONENTS
+from selfrepair.planning.sites import ATTN, Site, contributions
 from selfrepair.storage import checkpoints
 
 log = logging.getLogger("selfrepair")
@@ -40,7 +40,7 @@ class LoadedModel:
     readout: Readout
     spec: ModelSpec | None = None
     weights_sha256: str | None = None
-    # Results that belong to the model and are kept with it: engine paths checked at load, packed weights.
+    # Results that belong to the model and are kept with it: for example engine paths checked at load.
     checked: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -57,9 +57,14 @@ class LoadedModel:
         """Return the adapter of one layer."""
         return self.adapter.layers[number]
 
-    def contribution(self, number: int, component: str) -> nn.Module:
-        """Return the module whose output, times the residual multiplier, is the contribution."""
-        return self.layers[number].get_submodule(getattr(self.adapter.layers[number], component))
+    def contribution(self, site: Site) -> nn.Module:
+        """Return the module whose output, times the residual multiplier, is the contribution at `site`.
+
+        For an attention head this is the module of the whole attention.
+        """
+        adapter = self.layer(site.layer)
+        path = adapter.attn if site.component == ATTN else adapter.mlp
+        return self.layers[site.layer].get_submodule(path)
 
     @cached_property
     def device(self) -> torch.device:
@@ -140,9 +145,8 @@ def check_closure(loaded: LoadedModel) -> float:
         final = hooks.first(output).double().clone()
 
     outputs = [
-        (loaded.contribution(number, component), add(loaded.layer(number).multiplier))
-        for number in range(loaded.n_layers)
-        for component in COMPONENTS
+        (loaded.contribution(site), add(loaded.layer(site.layer).multiplier))
+        for site in contributions(loaded.n_layers)
     ]
     ids = probe_ids(loaded.model)
     with (

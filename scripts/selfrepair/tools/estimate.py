@@ -20,6 +20,7 @@ from selfrepair.planning.config import Config, Dataset, Experiment, Model
 from selfrepair.planning.config_loading import load_file
 from selfrepair.planning.costs import Costs, costs
 from selfrepair.planning.modelsize import size_of
+from selfrepair.planning.sites import MLP, Site
 from selfrepair.prompts import readers
 from selfrepair.storage import checkpoints
 
@@ -74,7 +75,7 @@ def _engine_speed(model: Model, positions: str, length: int, device: Any) -> flo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from selfrepair.effects.ablations import Zero
-    from selfrepair.effects.measure import measure
+    from selfrepair.effects.measure import Settings, measure
     from selfrepair.effects.runs import CleanRuns
     from selfrepair.effects.selftest import choose
     from selfrepair.models.loading import wrap
@@ -105,17 +106,7 @@ def _engine_speed(model: Model, positions: str, length: int, device: Any) -> flo
     operations = tokens * (_LAYERS - 1) * (2 * size.per_layer + 4 * length * size.width)
 
     def ablate() -> None:
-        measure(
-            loaded,
-            runs,
-            Zero(),
-            layer=0,
-            components=["mlp"],
-            n_draws=draws,
-            positions=positions,
-            path=path,
-            rows=rows,
-        )
+        measure(loaded, runs, Zero(), Settings((Site(0, MLP),), draws, positions, path, rows))
 
     return _rate(ablate, operations, device)
 

@@ -1,7 +1,7 @@
-"""What must have replaced a contribution, worked out again from full forward passes.
+"""Replacement values computed again from full forward passes, as the oracle of `verify` and of the tests.
 
-Shares with the stages only the draws' keys and the tokens tables: stored activations, moments, clean runs and the
-engine are not looked at. Slow on purpose.
+This module shares with the stages only the draws' keys and the tokens tables. It does not read stored activations or
+moments, and it does not use clean runs or the engine. It is slow on purpose.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,7 @@ from selfrepair.effects import reference
 from selfrepair.effects.draws import Key
 from selfrepair.models import hooks
 from selfrepair.models.loading import LoadedModel
-
-Place = tuple[int, str]  # layer, component
+from selfrepair.planning.sites import Site
 
 
 @dataclass
@@ -35,78 +34,78 @@ class Values:
     loaded: LoadedModel
     experiment_prompts: Mapping[str, Prompts]  # of every data set of the experiment, in its order
     positions: str
-    places: frozenset[Place]  # the contributions that will be asked for; only these are kept
-    _stored: dict[str, dict[Place, Tensor]] = field(default_factory=dict)
+    sites: frozenset[Site]  # the contributions that will be asked for; only these are kept
+    _stored: dict[str, dict[Site, Tensor]] = field(default_factory=dict)
 
     def value(self, row: Mapping[str, Any], seed: int | None) -> Tensor:  # (P, d_model)
-        """The value of one row of an effects table, in contribution units."""
-        place = row["layer"], row["component"]
+        """Return the value of one row of an effects table, residual multiplier included."""
+        site = Site(row["layer"], row["component"])
         kind, source, prompt, draw = row["ablation"], row["source"], row["prompt"], row["draw"]
         key = Key(seed or 0, row["model"], source, kind)
         if kind == "noise":
-            return self._noised(key, source, prompt, draw, place)
-        own = self._contribution(source, prompt, place)
+            return self._noised(key, source, prompt, draw, site)
+        own = self._contribution(source, prompt, site)
         if kind == "zero":
             return torch.zeros_like(own)
         if kind == "self":
             return _rounded(own, key, prompt)
         if kind == "mean":
-            return self._contributions(source, place).double().mean(0)
+            return self._contributions(source, site).double().mean(0)
         if kind.startswith("replace-"):
-            return self._contribution(kind.removeprefix("replace-"), row["replacement"], place)
+            return self._contribution(kind.removeprefix("replace-"), row["replacement"], site)
         if kind in ("random", "gaussian"):
             pooled = torch.cat(
                 [
-                    self._contributions(dataset, place).reshape(-1, own.shape[-1])
+                    self._contributions(dataset, site).reshape(-1, own.shape[-1])
                     for dataset in self.experiment_prompts
                 ]
             ).double()
             noise = torch.from_numpy(key.normal(prompt, draw, tuple(own.shape))).to(own.device).double()
             value = noise * pooled.std(0, correction=0)
             return value + pooled.mean(0) if kind == "gaussian" else value
-        raise ValueError(f"no ablation {kind!r}")
+        raise ValueError(f"unknown ablation {kind!r}")
 
     def replacement(self, row: Mapping[str, Any], seed: int | None, n_draws: int) -> int | None:
-        """The store prompt that must have been drawn for a row of a replace ablation."""
+        """Return the store prompt drawn for a row of a replace ablation, None for other ablations."""
         if not row["ablation"].startswith("replace-"):
             return None
         store = self.experiment_prompts[row["ablation"].removeprefix("replace-")].store
         key = Key(seed or 0, row["model"], row["source"], row["ablation"])
         return store[key.replacements(row["prompt"], n_draws, len(store))[row["draw"]]]
 
-    def _contribution(self, dataset: str, prompt: int, place: Place) -> Tensor:  # (P, d_model)
+    def _contribution(self, dataset: str, prompt: int, site: Site) -> Tensor:  # (P, d_model)
         run = reference.forward(self.loaded, self.experiment_prompts[dataset].ids[prompt])
-        return self._at_positions(run.contributions[place])
+        return self._at_positions(run.contributions[site])
 
-    def _contributions(self, dataset: str, place: Place) -> Tensor:  # (store prompt, P, d_model)
+    def _contributions(self, dataset: str, site: Site) -> Tensor:  # (store prompt, P, d_model)
         if dataset not in self._stored:
-            found: dict[Place, list[Tensor]] = {wanted: [] for wanted in self.places}
+            values: dict[Site, list[Tensor]] = {wanted: [] for wanted in self.sites}
             prompts = self.experiment_prompts[dataset]
             for prompt in prompts.store:
                 run = reference.forward(self.loaded, prompts.ids[prompt])
-                for wanted, values in found.items():
-                    values.append(self._at_positions(run.contributions[wanted]))
-            self._stored[dataset] = {wanted: torch.stack(values) for wanted, values in found.items()}
-        return self._stored[dataset][place]
+                for wanted, parts in values.items():
+                    parts.append(self._at_positions(run.contributions[wanted]))
+            self._stored[dataset] = {wanted: torch.stack(parts) for wanted, parts in values.items()}
+        return self._stored[dataset][site]
 
     def _at_positions(self, contribution: Tensor) -> Tensor:
         return contribution if self.positions == "all" else contribution[-1:]
 
-    def _noised(self, key: Key, source: str, prompt: int, draw: int, place: Place) -> Tensor:
+    def _noised(self, key: Key, source: str, prompt: int, draw: int, site: Site) -> Tensor:
         ids = self.experiment_prompts[source].ids[prompt]
         embedding = self.loaded.model.get_input_embeddings()
         weight = embedding.weight
         assert isinstance(weight, Tensor)
-        # Added to the embedding's own output: what the model then multiplies, it multiplies with the noise.
+        # Added to the output of the embedding: the model then multiplies both by its embedding multiplier.
         noise = torch.from_numpy(key.normal(prompt, draw, (len(ids), weight.shape[1]))).to(weight.device)
         noise = noise.double() * 3 * weight.float().std()
         with hooks.on_output([(embedding, lambda output: output + noise.to(output.dtype))]):
             run = reference.forward(self.loaded, ids)
-        return self._at_positions(run.contributions[place])
+        return self._at_positions(run.contributions[site])
 
 
 def _rounded(own: Tensor, key: Key, prompt: int) -> Tensor:
-    """The control's value: in 16-bit precision a unit in the last place up, down or neither."""
+    """Return the control's value: in 16-bit precision a unit in the last place up, down or neither."""
     if own.dtype.itemsize != 2:
         return own
     step = key.generator("rounding", prompt).integers(-1, 2, tuple(own.shape), dtype=np.int8)
@@ -115,7 +114,7 @@ def _rounded(own: Tensor, key: Key, prompt: int) -> Tensor:
 
 
 def read_prompts(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Prompts:
-    """From the rows of a tokens table."""
+    """Return the prompts of a tokens table, given its rows."""
     return Prompts(
         {row["prompt"]: torch.tensor(row["input_ids"], device=device) for row in rows},
         [row["prompt"] for row in rows if row["split"] == "store"],

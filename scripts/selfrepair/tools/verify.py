@@ -26,6 +26,8 @@ from selfrepair.models.device import pick_device
 from selfrepair.models.loading import LoadedModel, load
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning import grid
+from selfrepair.planning.ablations import STD, kind, replacement_dataset
+from selfrepair.planning.sites import Site
 from selfrepair.storage import tables, tensors
 from selfrepair.tools import rederive
 
@@ -94,7 +96,7 @@ def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Differenc
         loaded,
         {name: _prompts(base, name, loaded) for name in _datasets(base, chosen)},
         config["positions"],
-        frozenset((one.row["layer"], one.row["component"]) for one in chosen),
+        frozenset(Site(one.row["layer"], one.row["component"]) for one in chosen),
     )
     for one in chosen:
         row, config = one.row, one.facts["config"]
@@ -105,8 +107,7 @@ def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Differenc
         expected = reference.effects(
             loaded,
             values.experiment_prompts[row["source"]].ids[row["prompt"]],
-            row["layer"],
-            row["component"],
+            Site(row["layer"], row["component"]),
             values.value(row, config["seed"]),
             row["target"],
         )
@@ -128,15 +129,11 @@ def _apart(stored: float | list[float] | None, expected: torch.Tensor) -> float:
 
 def _datasets(base: Path, chosen: Sequence[Chosen]) -> list[str]:
     """The data sets that values come from; all of the experiment where noise is scaled by their moments."""
-    if any(one.row["ablation"] in ("random", "gaussian") for one in chosen):
+    rows = [one.row for one in chosen]
+    if any(STD in kind(row["ablation"]).inputs for row in rows):
         return list(tensors.read_metadata(base / "std.safetensors")["config"]["datasets"])
-    found = {one.row["source"]: None for one in chosen}
-    found |= {
-        one.row["ablation"].removeprefix("replace-"): None
-        for one in chosen
-        if one.row["ablation"].startswith("replace-")
-    }
-    return list(found)
+    replaced = (replacement_dataset(row["ablation"]) for row in rows)
+    return list(dict.fromkeys([*(row["source"] for row in rows), *filter(None, replaced)]))
 
 
 def _prompts(base: Path, dataset: str, loaded: LoadedModel) -> rederive.Prompts:

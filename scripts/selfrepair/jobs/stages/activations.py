@@ -21,6 +21,7 @@ from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
+from selfrepair.planning.sites import COMPONENTS, Site
 from selfrepair.prompts import tokens as prompts
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import schemas, tables, tensors
@@ -119,7 +120,7 @@ def _store(job: Job, loaded: LoadedModel, positions: str, rows: int, metadata: d
     order = {row.id: place for place, row in enumerate(stored)}
     for first in range(0, loaded.n_layers, at_once):
         layers = range(first, min(first + at_once, loaded.n_layers))
-        parts: dict[tuple[int, str], list[torch.Tensor]] = {}
+        parts: dict[Site, list[torch.Tensor]] = {}
         ids: list[int] = []
         for batch in batches(prompts.without_targets(stored), rows):
             found = run_batch(loaded, batch, positions=positions, keep=layers)
@@ -130,7 +131,7 @@ def _store(job: Job, loaded: LoadedModel, positions: str, rows: int, metadata: d
         places = torch.tensor([order[number] for number in ids]).argsort()
         for layer in layers:
             values = {"prompt": torch.tensor([row.id for row in stored], dtype=torch.int32)}
-            for component in ("attn", "mlp"):
-                value = torch.cat(parts.pop((layer, component)))[places]
+            for component in COMPONENTS:
+                value = torch.cat(parts.pop(Site(layer, component)))[places]
                 values[component] = value if positions == "all" else value[:, 0]
             tensors.write(job.output["layers"][layer], values, {**metadata, "layer": layer})

@@ -16,6 +16,7 @@ from torch import Tensor
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
+from selfrepair.planning.sites import COMPONENTS
 from selfrepair.storage import tensors
 
 log = logging.getLogger("selfrepair")
@@ -54,7 +55,7 @@ def run(job: Job, session: Session) -> None:
     n_layers, datasets = job.params["layers"], job.params["datasets"]
     files = job.input["layers"]
     assert len(files) == n_layers * len(datasets)
-    rows: dict[str, list[Tensor]] = {f"{c}.{m}": [] for c in ("attn", "mlp") for m in ("mean", "std")}
+    rows: dict[str, list[Tensor]] = {f"{c}.{m}": [] for c in COMPONENTS for m in ("mean", "std")}
     counts = []
     for layer in range(n_layers):
         found = moments(files[number * n_layers + layer] for number in range(len(datasets)))
@@ -73,7 +74,7 @@ def moments(files: Iterable[str]) -> dict[str, Moments]:
     total: dict[str, Moments] = {}
     for file in files:
         stored = tensors.read(file)
-        for component in ("attn", "mlp"):
+        for component in COMPONENTS:
             values = stored[component]
             found = Moments.of(values.reshape(-1, values.shape[-1]))
             total[component] = total[component] + found if component in total else found
