@@ -78,7 +78,7 @@ def _unchanged(row: Effects) -> Effects:
     return replace(row, ablated_logit=row.clean_logit, **changes, **unchanged)
 
 
-def _noise_size(clean: reference.ForwardPass, layer: int, component: str) -> float:
+def _noise_size(clean: reference.ForwardPass, site: Site) -> float:
     """Return the size of an entry of the contribution, at the median position: one position may hold huge entries.
 
     A contribution that is almost zero gets a tenth of the median size of all contributions, because noise of its own
@@ -89,7 +89,7 @@ def _noise_size(clean: reference.ForwardPass, layer: int, component: str) -> flo
         return contribution.float().square().mean(-1).sqrt().median()
 
     typical = torch.stack([size(contribution) for contribution in clean.contributions.values()]).median()
-    return float(torch.maximum(size(clean.contributions[layer, component]), 0.1 * typical))
+    return float(torch.maximum(size(clean.contributions[site]), 0.1 * typical))
 
 
 class _Expected:
@@ -116,7 +116,7 @@ class _Expected:
                 kept = len(own) if positions == "all" else 1
                 # Noise of the contribution's own size moves all sites downstream.
                 noise = torch.randn(kept, own.shape[-1], generator=generator).to(own.device)
-                value = (noise * _noise_size(before, layer, component)).to(own.dtype)
+                value = (noise * _noise_size(before, site)).to(own.dtype)
                 target = int(before.logits.argmax())
                 # Two rows, so that a path that mixes rows up fails: the second replaces the contribution by itself.
                 values.append(torch.stack([value, own[-kept:]]))
