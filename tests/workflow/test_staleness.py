@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ def project(done: Project) -> Iterator[Project]:
     changeable = [*done.path.rglob("scripts/**/*.py"), *done.path.glob("*.jsonl"), done.path / "config.yaml"]
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in changeable}
     yield done
-    for path, (content, time) in before.items():
-        if path.read_bytes() != content or path.stat().st_mtime_ns != time:
+    for path, (content, changed) in before.items():
+        if path.read_bytes() != content or path.stat().st_mtime_ns != changed:
             path.write_bytes(content)
-            os.utime(path, ns=(time, time))
+            os.utime(path, ns=(changed, changed))
 
 
 def changed(change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -155,6 +156,33 @@ def test_one_more_data_set_computes_only_what_is_new(project: Project) -> None:
         "effects": sorted(cells("c") + cells("ab", ("random",))),
         **aggregates("last"),
     }
+
+
+def test_a_script_s_date_reruns_nothing_and_its_logic_reruns_its_jobs(project: Project) -> None:
+    scripts = sorted(project.path.glob("scripts/*.py"))
+    assert "effects.py" in [script.name for script in scripts]
+    for script in scripts:
+        script.touch()
+        script.write_text(script.read_text() + "\n# a comment\n")
+    assert project.planned() == {}
+    with open(project.path / "scripts" / "figures.py", "a") as file:
+        file.write("MOVED = 1\n")
+    assert project.planned() == aggregates("all", "last", rules=("figures", "report"))
+
+
+@pytest.mark.parametrize("order", ["as found", "reversed"])
+def test_a_copied_project_has_nothing_to_do(finished: Project, tmp_path: Path, order: str) -> None:
+    """Like `cp -r`: every file of the copy has a new date, in an order that says nothing."""
+    shutil.copytree(finished.path, tmp_path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file() and ".snakemake" not in path.parts)
+    now = time.time() - 10_000
+    for number, path in enumerate(reversed(files) if order == "reversed" else files):
+        os.utime(path, (now + number, now + number))
+    project = Project(tmp_path, CONFIG)
+    try:
+        assert project.planned() == {}
+    finally:
+        project.close()
 
 
 def add_logic(project: Project, module: str) -> None:

@@ -55,10 +55,9 @@ def _run_here(job: Job, device: Device | None) -> None:
     from selfrepair.jobs.dispatch import run_stage
     from selfrepair.jobs.lifeline import end_with_run
     from selfrepair.jobs.threads import use_every_cpu
-    from selfrepair.planning.fingerprint import code_digest
-    from selfrepair.planning.stages import stage_module
+    from selfrepair.planning.fingerprint import stage_digest
 
-    if job.params.get("code", "") not in ("", code_digest([stage_module(job.stage)])):
+    if job.params.get("code", "") not in ("", stage_digest(job.stage)):
         raise changed_code()
     use_every_cpu()
     end_with_run()

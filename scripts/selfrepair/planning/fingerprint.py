@@ -1,8 +1,9 @@
 """Digests of the code that a result depends on, so that a change of logic reruns exactly the jobs that use it.
 
-Snakemake compares a rule's script, but not the modules that the script imports. Each rule therefore has, as a
-parameter, the digest of every module of this package that its stage can import. The digest is over syntax trees:
-comments, docstrings and formatting do not count, nor does the package's version number.
+Snakemake looks at the date of a rule's script, and not at all at the modules that the script imports. The profiles
+turn that off (`rerun-triggers`). Each rule has, as a parameter, the digest of its script and of every module of this
+package that its stage can import. The digest is over syntax trees: comments, docstrings and formatting do not count,
+nor does the package's version number.
 """
 
 import ast
@@ -13,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from selfrepair.planning.stages import stage_module
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -22,6 +25,13 @@ def code_digest(modules: Iterable[str], package: Path = PACKAGE) -> str:
     The data files of a package (templates, style sheets) are part of it. Raises ValueError for an unknown module.
     """
     return _digest(frozenset().union(*(import_closure(module, package) for module in modules)), package)
+
+
+def stage_digest(stage: str, scripts: Path = PACKAGE.parent) -> str:
+    """Return the SHA-256 over the logic of a stage: of its module, of everything it imports, and of its script."""
+    script = scripts / f"{stage}.py"
+    logic = _parsed(script, script.stat().st_mtime_ns).logic
+    return hashlib.sha256(f"{code_digest([stage_module(stage)])} {logic}".encode()).hexdigest()
 
 
 def import_closure(module: str, package: Path = PACKAGE) -> frozenset[str]:

@@ -14,8 +14,8 @@ from selfrepair.planning.config import Config, Experiment, Model
 from selfrepair.planning.digests import dataset_digest, model_digest, tokenizer_digest
 from selfrepair.planning.figure_names import FORMATS
 from selfrepair.planning.figure_names import names as figure_names
-from selfrepair.planning.fingerprint import code_digest
-from selfrepair.planning.stages import MODEL_STAGES, stage_module, worker_modules
+from selfrepair.planning.fingerprint import code_digest, stage_digest
+from selfrepair.planning.stages import MODEL_STAGES, worker_modules
 
 Spec = dict[str, Any]
 CELLS = f"{grid.RESULTS}/.cells"
@@ -43,9 +43,9 @@ class Plan:
         self._tokenizer_digests: dict[str, str] = {}
 
     def code(self, stage: str) -> str:
-        """Digest of the modules that a stage runs."""
+        """Return the digest of the script and the modules that a stage runs."""
         if stage not in self._code:
-            self._code[stage] = code_digest([stage_module(stage)])
+            self._code[stage] = stage_digest(stage)
         return self._code[stage]
 
     @cached_property
