@@ -66,11 +66,6 @@ def test_draws(root):
     assert [grid.draws(experiment, name) for name in names] == [1, 1, 1, 7, 7, 7, 7]
 
 
-def test_replacement_dataset():
-    assert grid.replacement_dataset("replace-math-think") == "math-think"
-    assert grid.replacement_dataset("zero") is None
-
-
 @pytest.mark.parametrize(
     "settings",
     [

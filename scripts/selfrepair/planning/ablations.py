@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 ACTIVATIONS = "activations"  # the stored activations of one data set, at the ablated layer
 STD = "std"  # the moments of all data sets of the experiment
-_REPLACE = "replace"
+REPLACE = "replace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ ABLATIONS = {
         AblationKind("random", True, (STD,), f"{_CLASSES}.Random"),
         AblationKind("gaussian", True, (STD,), f"{_CLASSES}.Gaussian"),
         AblationKind("noise", True, (), f"{_CLASSES}.EmbeddingNoise"),
-        AblationKind(_REPLACE, True, (ACTIVATIONS,), f"{_CLASSES}.Replace"),
+        AblationKind(REPLACE, True, (ACTIVATIONS,), f"{_CLASSES}.Replace"),
         AblationKind(CONTROL, False, (), f"{_CLASSES}.Self"),
     )
 }
@@ -44,7 +44,7 @@ ABLATIONS = {
 
 def kind(ablation: str) -> AblationKind:
     """Return the row of an ablation, for example of `zero` or `replace-facts`. Raises ValueError if unknown."""
-    name = _REPLACE if ablation.startswith(f"{_REPLACE}-") else ablation
+    name = REPLACE if ablation.startswith(f"{REPLACE}-") else ablation
     if name not in ABLATIONS:
         raise ValueError(f"unknown ablation {ablation!r}: use one of {', '.join(ABLATIONS)}")
     return ABLATIONS[name]
@@ -52,7 +52,7 @@ def kind(ablation: str) -> AblationKind:
 
 def replacement_dataset(ablation: str) -> str | None:
     """Return X for `replace-X`, None for every other ablation."""
-    return ablation.removeprefix(f"{_REPLACE}-") if ablation.startswith(f"{_REPLACE}-") else None
+    return ablation.removeprefix(f"{REPLACE}-") if ablation.startswith(f"{REPLACE}-") else None
 
 
 def activations_dataset(ablation: str, source: str) -> str | None:
@@ -67,8 +67,8 @@ def expanded(ablations: Iterable[str], datasets: Iterable[str]) -> tuple[str, ..
     datasets = tuple(datasets)
     names: dict[str, None] = {}
     for ablation in ablations:
-        if ablation == _REPLACE:
-            names.update(dict.fromkeys(f"{_REPLACE}-{dataset}" for dataset in datasets))
+        if ablation == REPLACE:
+            names.update(dict.fromkeys(f"{REPLACE}-{dataset}" for dataset in datasets))
         elif not kind(ablation).is_control:
             names[ablation] = None
     return (*names, CONTROL)

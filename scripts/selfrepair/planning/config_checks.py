@@ -6,6 +6,7 @@ from pathlib import Path
 
 from selfrepair.errors import InputError
 from selfrepair.planning import templates
+from selfrepair.planning.ablations import replacement_dataset
 from selfrepair.planning.config import DATA_SUFFIXES, Config, Dataset, Experiment, Model
 from selfrepair.planning.config_yaml import Problem
 from selfrepair.planning.spelling import did_you_mean
@@ -130,8 +131,8 @@ def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iter
 
 def _ablations(key: str, experiment: Experiment) -> Iterator[Problem]:
     for index, ablation in enumerate(experiment.ablations):
-        name = ablation.removeprefix("replace-")
-        if ablation.startswith("replace-") and name not in experiment.datasets:
+        name = replacement_dataset(ablation)
+        if name is not None and name not in experiment.datasets:
             what = f"'{ablation}': '{name}' is not among the data sets of this experiment"
             hint = did_you_mean(name, experiment.datasets, "Its `datasets` are")
             remedy = (

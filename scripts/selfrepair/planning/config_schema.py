@@ -1,6 +1,7 @@
 """The configuration schema: explains violations in plain words, and fills in defaults."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from selfrepair.planning.ablations import ABLATIONS, REPLACE
 from selfrepair.planning.config_yaml import Problem, dotted
 from selfrepair.planning.spelling import did_you_mean, nearest
 
@@ -27,8 +29,12 @@ _KINDS = {
 
 @cache
 def schema() -> dict[str, Any]:
-    """Return the schema as a dictionary."""
-    return yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    """Return the schema as a dictionary, with the names of the table of ablations as the allowed ablations."""
+    loaded = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    names = "|".join(map(re.escape, ABLATIONS))
+    items = loaded["$defs"]["experiment"]["properties"]["ablations"]["items"]
+    items["pattern"] = rf"^({names}|{REPLACE}-.+)(?!\n)$"
+    return loaded
 
 
 def problems(raw: Any) -> list[Problem]:
@@ -110,8 +116,7 @@ def _choices(rule: str, limit: Any, value: Any, meaning: str) -> str:
         words = ["on" if item is True else "off" if item is False else str(item) for item in limit]
         words = list(dict.fromkeys(words))
         return f"{did_you_mean(str(value), words, 'Choose one of')} {meaning}"
-    names = ("zero", "mean", "random", "gaussian", "noise", "replace") if rule == "pattern" else ()
-    close = nearest(str(value), names) if "ablation" in meaning else None
+    close = nearest(str(value), ABLATIONS) if rule == "pattern" and "ablation" in meaning else None
     return f"did you mean '{close}'? {meaning}" if close else meaning
 
 

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
+from selfrepair.planning.ablations import expanded, kind
 from selfrepair.planning.config import Config, Experiment, Model
 from selfrepair.storage import checkpoints
 
 RESULTS = "results"
 SUMMARY_TABLES = ("layers", "verdicts", "downstream")
-CONTROL = "self"
-ONE_DRAW = ("zero", "mean", CONTROL)  # nothing is drawn for these
 
 
 class Cell(NamedTuple):
@@ -36,13 +35,7 @@ def n_layers(model: Model) -> int:
 @cache
 def ablations(experiment: Experiment) -> tuple[str, ...]:
     """Return the experiment's ablations in order, `replace` as one per data set, the control last."""
-    names: dict[str, None] = {}
-    for ablation in experiment.ablations:
-        if ablation == "replace":
-            names.update(dict.fromkeys(f"replace-{dataset}" for dataset in experiment.datasets))
-        elif ablation != CONTROL:
-            names[ablation] = None
-    return (*names, CONTROL)
+    return expanded(experiment.ablations, experiment.datasets)
 
 
 @cache
@@ -53,12 +46,7 @@ def layers(experiment: Experiment, model: Model) -> tuple[int, ...]:
 
 def draws(experiment: Experiment, ablation: str) -> int:
     """Return the rows per source prompt and component: R, or 1 for an ablation without draws."""
-    return 1 if ablation in ONE_DRAW else experiment.draws
-
-
-def replacement_dataset(ablation: str) -> str | None:
-    """Return X for `replace-X`, None for every other ablation."""
-    return ablation.removeprefix("replace-") if ablation.startswith("replace-") else None
+    return experiment.draws if kind(ablation).draws else 1
 
 
 def cells(config: Config) -> Iterator[Cell]:
@@ -130,6 +118,11 @@ def summary_paths(experiment: str, model: str) -> dict[str, str]:
 def figure_path(experiment: str, model: str, figure: str, suffix: str) -> str:
     """Return the path of a figure (`suffix` html, svg, png) or of its data (parquet)."""
     return f"{base(experiment, model)}/figures/{figure}.{suffix}"
+
+
+def manifest_path(experiment: str, model: str) -> str:
+    """Return the path of the list of the current configuration's cells."""
+    return f"{base(experiment, model)}/manifest.parquet"
 
 
 def report_path(experiment: str, model: str) -> str:

@@ -1,8 +1,8 @@
-"""What every rule of the workflow needs, from the configuration: targets, input files, parameters, order.
+"""The plan of a run: targets, input files, parameters, resources and order of every rule.
 
-A rule's `spec` is a dictionary with everything that shapes its result, so that changing any of it reruns
-exactly the jobs it touches. It is one parameter and not several because Snakemake compares the sorted values
-of parameters without their names: were they single, swapping `samples` and `store` would go unnoticed.
+A rule's `spec` is a dictionary with every value that shapes its result, so that a change reruns exactly the jobs that
+use the value. It is a single parameter because Snakemake compares the sorted values of parameters without their
+names: with several parameters it would not notice that `samples` and `store` were swapped.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from selfrepair.planning import costs, grid
+from selfrepair.planning.ablations import STD, activations_dataset, kind
 from selfrepair.planning.config import Config, Experiment, Model
 from selfrepair.planning.digests import dataset_digest, model_digest, tokenizer_digest
 from selfrepair.planning.figure_names import FORMATS
@@ -22,7 +23,7 @@ CELLS = f"{grid.RESULTS}/.cells"
 
 
 class Wildcards(Protocol):
-    """What Snakemake hands to input and parameter functions, as far as it is used here."""
+    """The wildcards that Snakemake passes to input and parameter functions."""
 
     experiment: str
     model: str
@@ -33,7 +34,7 @@ class Wildcards(Protocol):
 
 
 class Plan:
-    """The configuration's answers to the rules' questions. Files are named by `selfrepair.planning.grid`."""
+    """The functions that the rules call. `selfrepair.planning.grid` names the files."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -50,61 +51,61 @@ class Plan:
 
     @cached_property
     def package(self) -> str:
-        """Digest of the modules a worker holds in memory."""
+        """The digest of the modules that a worker holds in memory."""
         return code_digest(worker_modules())
 
-    # ---- what is asked for -------------------------------------------------------------------------------
+    # ---- targets -----------------------------------------------------------------------------------------
 
     def targets(self) -> list[str]:
-        """Every cell and table, every figure and report.
+        """Return the paths of all cells, tables, figures and reports.
 
-        They are named one by one although the reports need them all: what is missing while something newer
-        was made from it would otherwise not be missed. Only stored activations and their moments may go.
+        The reports need all of them, but Snakemake does not notice a missing file if a file made from it exists. So
+        each one is a target. Stored activations and their moments are not: they may be deleted after a run.
         """
-        found = [grid.cell_path(cell) for cell in grid.cells(self.config)]
+        paths = [grid.cell_path(cell) for cell in grid.cells(self.config)]
         for experiment in self.config.experiments.values():
             names = tuple(self._figure_names(experiment))
             for model in experiment.models:
                 for dataset in experiment.datasets:
-                    found.append(grid.tokens_path(experiment.name, model, dataset))
-                    found.append(grid.clean_path(experiment.name, model, dataset))
-                found.append(grid.numerics_path(experiment.name, model))
-                found += grid.summary_paths(experiment.name, model).values()
-                found += self.figure_files(names, experiment.name, model)
-                found.append(grid.report_path(experiment.name, model))
+                    paths.append(grid.tokens_path(experiment.name, model, dataset))
+                    paths.append(grid.clean_path(experiment.name, model, dataset))
+                paths.append(grid.numerics_path(experiment.name, model))
+                paths += grid.summary_paths(experiment.name, model).values()
+                paths += self.figure_files(names, experiment.name, model)
+                paths.append(grid.report_path(experiment.name, model))
             if len(experiment.models) > 1:
-                found.append(grid.crossmodel_report_path(experiment.name))
-        return found
+                paths.append(grid.crossmodel_report_path(experiment.name))
+        return paths
 
     def intermediates(self) -> list[str]:
-        """Every file of results/ that other files are computed from, cells included."""
-        found = [grid.cell_path(cell) for cell in grid.cells(self.config)]
+        """Return the paths of all files of results/ that other files are computed from, cells included."""
+        paths = [grid.cell_path(cell) for cell in grid.cells(self.config)]
         for experiment in self.config.experiments.values():
             for name in experiment.models:
                 layers = grid.n_layers(self.config.models[name])
-                found += [grid.std_path(experiment.name, name), grid.numerics_path(experiment.name, name)]
-                found += grid.summary_paths(experiment.name, name).values()
+                paths += [grid.std_path(experiment.name, name), grid.numerics_path(experiment.name, name)]
+                paths += grid.summary_paths(experiment.name, name).values()
                 for dataset in experiment.datasets:
-                    found += [
+                    paths += [
                         grid.tokens_path(experiment.name, name, dataset),
                         grid.clean_path(experiment.name, name, dataset),
                         *grid.activations_paths(experiment.name, name, dataset, layers),
                     ]
-        return found
+        return paths
 
     def layer_counts(self) -> dict[int, list[str]]:
-        """Number of layers -> the models of some experiment that have so many."""
-        found: dict[int, list[str]] = {}
+        """Return {number of layers: the models of the experiments with that number}."""
+        models: dict[int, list[str]] = {}
         for model in self._used_models():
-            found.setdefault(grid.n_layers(self.config.models[model]), []).append(model)
-        return found
+            models.setdefault(grid.n_layers(self.config.models[model]), []).append(model)
+        return models
 
     def figure_sets(self) -> dict[tuple[str, ...], list[str]]:
-        """Names of figures -> the experiments that have just these."""
-        found: dict[tuple[str, ...], list[str]] = {}
+        """Return {names of figures: the experiments with these figures}."""
+        experiments: dict[tuple[str, ...], list[str]] = {}
         for experiment in self.config.experiments.values():
-            found.setdefault(tuple(self._figure_names(experiment)), []).append(experiment.name)
-        return found
+            experiments.setdefault(tuple(self._figure_names(experiment)), []).append(experiment.name)
+        return experiments
 
     def _figure_names(self, experiment: Experiment) -> list[str]:
         return figure_names(experiment.positions, len(experiment.datasets), grid.ablations(experiment))
@@ -112,7 +113,7 @@ class Plan:
     # ---- input files -------------------------------------------------------------------------------------
 
     def std_inputs(self, wildcards: Wildcards) -> list[str]:
-        """The stored activations of all data sets of the experiment: data set by data set, layer by layer."""
+        """Return the stored activations of all data sets of the experiment, ordered by data set, then layer."""
         experiment, model = self._experiment(wildcards), self._model(wildcards)
         return [
             path
@@ -121,21 +122,21 @@ class Plan:
         ]
 
     def cell_inputs(self, wildcards: Wildcards) -> dict[str, str]:
-        """What one cell is computed from: its source, and what its ablation takes values from."""
+        """Return the inputs of one cell: tokens and clean run of its source, and the files its ablation reads."""
         experiment, model, source = wildcards.experiment, wildcards.model, wildcards.source
-        found = {
+        inputs = {
             "tokens": grid.tokens_path(experiment, model, source),
             "clean": grid.clean_path(experiment, model, source),
         }
-        values = source if wildcards.ablation == "mean" else grid.replacement_dataset(wildcards.ablation)
+        values = activations_dataset(wildcards.ablation, source)
         if values is not None:
-            found["activations"] = grid.activations_path(experiment, model, values, wildcards.layer)
-        if wildcards.ablation in ("random", "gaussian"):
-            found["std"] = grid.std_path(experiment, model)
-        return found
+            inputs["activations"] = grid.activations_path(experiment, model, values, wildcards.layer)
+        if STD in kind(wildcards.ablation).inputs:
+            inputs["std"] = grid.std_path(experiment, model)
+        return inputs
 
     def cells_of(self, wildcards: Wildcards) -> list[str]:
-        """Every cell of one experiment and model."""
+        """Return the cells of one experiment and model."""
         experiment, model = self._experiment(wildcards), self._model(wildcards)
         chosen = itertools.product(
             experiment.datasets, grid.ablations(experiment), grid.layers(experiment, model)
@@ -143,24 +144,24 @@ class Plan:
         return [grid.effects_path(experiment.name, model.name, *cell) for cell in chosen]
 
     def clean_of(self, wildcards: Wildcards) -> list[str]:
-        """The clean tables of one experiment and model."""
+        """Return the clean tables of one experiment and model."""
         datasets = self._experiment(wildcards).datasets
         return [grid.clean_path(wildcards.experiment, wildcards.model, dataset) for dataset in datasets]
 
     def tokens_of(self, wildcards: Wildcards) -> list[str]:
-        """The tokens tables of one experiment and model."""
+        """Return the tokens tables of one experiment and model."""
         datasets = self._experiment(wildcards).datasets
         return [grid.tokens_path(wildcards.experiment, wildcards.model, dataset) for dataset in datasets]
 
     def figures_of(self, wildcards: Wildcards) -> list[str]:
-        """The figures of one experiment and model, in every format."""
+        """Return the figures of one experiment and model, in every format."""
         for names, experiments in self.figure_sets().items():
             if wildcards.experiment in experiments:
                 return self.figure_files(names, wildcards.experiment, wildcards.model)
         raise KeyError(wildcards.experiment)
 
     def figure_files(self, names: tuple[str, ...], experiment: str, model: str) -> list[str]:
-        """The files of the figures `names`; experiment and model may be Snakemake's wildcards."""
+        """Return the files of the figures `names`. `experiment` and `model` may be Snakemake's wildcards."""
         return [grid.figure_path(experiment, model, name, kind) for name in names for kind in FORMATS]
 
     def summaries_of(self, wildcards: Wildcards, table: str) -> list[str]:
@@ -177,14 +178,14 @@ class Plan:
         return self.summaries_of(wildcards, "verdicts")
 
     def numerics_of(self, wildcards: Wildcards) -> list[str]:
-        """The numerics of every model of an experiment."""
+        """Return the numerics of every model of an experiment."""
         models = self._experiment(wildcards).models
         return [grid.numerics_path(wildcards.experiment, model) for model in models]
 
-    # ---- parameters: everything that shapes a result, and nothing else -----------------------------------
+    # ---- parameters: all values that shape a result, and no others ---------------------------------------
 
     def tokens(self, wildcards: Wildcards) -> Spec:
-        """Which prompts are kept, and how they become tokens."""
+        """Return the parameters of a tokens table: which prompts are kept, and how they are tokenized."""
         experiment, model = self._experiment(wildcards), self._model(wildcards)
         return {
             "experiment": experiment.name,
@@ -205,7 +206,7 @@ class Plan:
         }
 
     def activations(self, wildcards: Wildcards) -> Spec:
-        """The clean run of one data set."""
+        """Return the parameters of the clean run of one data set."""
         experiment, model = self._experiment(wildcards), self._model(wildcards)
         return {
             "experiment": experiment.name,
@@ -220,7 +221,7 @@ class Plan:
         }
 
     def std(self, wildcards: Wildcards) -> Spec:
-        """Moments over the experiment's data sets, in the order of the inputs."""
+        """Return the parameters of the moments over the experiment's data sets, in the order of the inputs."""
         experiment, model = self._experiment(wildcards), self._model(wildcards)
         return {
             "experiment": experiment.name,
@@ -231,9 +232,9 @@ class Plan:
         }
 
     def effects(self, wildcards: Wildcards) -> Spec:
-        """One cell. A seed is part of it only where something is drawn."""
+        """Return the parameters of one cell. The seed is one of them only if the ablation has draws."""
         experiment, model = self._experiment(wildcards), self._model(wildcards)
-        drawn = wildcards.ablation not in grid.ONE_DRAW
+        drawn = kind(wildcards.ablation).draws
         return {
             "experiment": experiment.name,
             "model": model.name,
@@ -252,7 +253,7 @@ class Plan:
         }
 
     def summary(self, wildcards: Wildcards) -> Spec:
-        """The seed is that of the bootstrap."""
+        """Return the parameters of the summary. The seed is that of the bootstrap."""
         return {
             "experiment": wildcards.experiment,
             "model": wildcards.model,
@@ -261,7 +262,7 @@ class Plan:
         }
 
     def figures(self, wildcards: Wildcards) -> Spec:
-        """Figures say which experiment and model they show."""
+        """Return the parameters of the figures."""
         return {
             "experiment": wildcards.experiment,
             "model": wildcards.model,
@@ -269,7 +270,7 @@ class Plan:
         }
 
     def report(self, wildcards: Wildcards) -> Spec:
-        """The report tells the configuration it is about."""
+        """Return the parameters of the report, which shows its configuration."""
         experiment, model = self._experiment(wildcards), self._model(wildcards)
         return {
             "experiment": experiment.name,
@@ -281,7 +282,7 @@ class Plan:
         }
 
     def crossmodel(self, wildcards: Wildcards) -> Spec:
-        """The comparison of an experiment's models."""
+        """Return the parameters of the comparison of an experiment's models."""
         experiment = self._experiment(wildcards)
         return {
             "experiment": experiment.name,
@@ -290,10 +291,10 @@ class Plan:
             "code": self.code("crossmodel"),
         }
 
-    # ---- how, not what -----------------------------------------------------------------------------------
+    # ---- runtime: values that rerun nothing --------------------------------------------------------------
 
     def runtime(self, wildcards: Wildcards) -> Spec:
-        """How a job is done: device, worker, rows. No result depends on it."""
+        """Return how a job is done: device, worker, rows. A change reruns nothing."""
         model, runtime = self._model(wildcards), self.config.runtime
         return {
             "device": model.device,
@@ -306,19 +307,19 @@ class Plan:
         }
 
     def memory_mb(self, wildcards: Wildcards, attempt: int) -> int:
-        """Main memory to ask a batch system for, from the size of the model's weights."""
+        """Return the megabytes of main memory to request from a batch system."""
         return costs.memory_mb(self._model(wildcards), attempt)
 
     def minutes(self, wildcards: Wildcards, attempt: int, stage: str) -> int:
-        """Time to ask a batch system for; that of a cell is without loading the model."""
+        """Return the minutes to request from a batch system; those of a cell do not include loading the model."""
         return costs.minutes(self._experiment(wildcards), self._model(wildcards), stage, attempt)
 
     def priority(self, wildcards: Wildcards, stage: str) -> int:
-        """Which of the jobs that wait for the model comes first.
+        """Return the priority of a job that uses the model. Snakemake starts the job with the highest one first.
 
-        All tokens, so that bad data stops the run before any model is loaded. Then one model at a time, one
-        experiment at a time, and in it the clean runs before the cells, and the cells of one source together:
-        the worker keeps one model, and the clean runs of one source.
+        All tokens come first, so that bad data stops the run before a model is loaded. Then one model after the
+        other, one experiment after the other, in it the clean runs before the cells, and the cells of one source
+        together: the worker keeps one model and the clean runs of one source.
         """
         if stage == "tokens":
             return 10**9
@@ -340,7 +341,7 @@ class Plan:
         used = {model for experiment in self.config.experiments.values() for model in experiment.models}
         return [model for model in self.config.models if model in used]
 
-    # Digests are asked for once per job; files are looked at once per run.
+    # Each job needs digests; each file is hashed once per run.
     def _model_digest(self, model: Model) -> str:
         if model.name not in self._model_digests:
             self._model_digests[model.name] = model_digest(model)
@@ -358,7 +359,7 @@ class Plan:
 
 
 def _settings(experiment: Experiment) -> Spec:
-    """An experiment as the configuration writes it, defaults filled in."""
+    """Return an experiment as the configuration writes it, with defaults filled in."""
     return {
         "models": list(experiment.models),
         "datasets": list(experiment.datasets),
