@@ -56,10 +56,9 @@ def run_blocks(sources: list[str], at: Path) -> tuple[dict, list[str]]:
 def page(results):
     page = ROOT / "docs/polars.md"
     sources = blocks(page)
-    assert (
-        len(sources) == 1 + 11 + 3
-    )  # the opening, ten questions (the eighth has two answers), three to start
-    namespace, printed = run_blocks(sources[:12], results)
+    # The opening, ten questions (the fifth and the eighth have two answers), three to start with.
+    assert len(sources) == 1 + 12 + 3
+    namespace, printed = run_blocks(sources[:13], results)
     assert all(text.strip() for text in printed)
     return namespace
 
@@ -124,16 +123,36 @@ def test_noise(page, rows):
         assert rms == pytest.approx(np.sqrt(np.mean(np.square(values))), rel=1e-6)
 
 
-def test_restoration(page, rows):
-    found = page["restoration"].to_dicts()
-    assert [row["layer"] for row in found] == list(range(8))
-    for row in found:
+def test_verdicts(page, rows):
+    selected = page["verdicts"].to_dicts()
+    assert [row["layer"] for row in selected] == list(range(8))
+    assert {"repaired"} <= {row["class"] for row in selected}
+    for row in selected:
         key = {"source": "facts", "ablation": "zero", "component": "attn", "layer": row["layer"]}
         group = select(rows, experiment="facts", **key)
-        repair = np.mean([r["compensation_attn"] + r["compensation_mlp"] for r in group])
-        expected = -repair / np.mean([r["direct_effect"] for r in group])
-        assert row["restoration"] == close(expected)
-        assert row["restoration_low"] < expected < row["restoration_high"]
+        repair, loss, norm = (
+            np.mean([r["compensation_attn"] + r["compensation_mlp"] for r in group]),
+            -np.mean([r["direct_effect"] for r in group]),
+            np.mean([r["norm_effect"] for r in group]),
+        )
+        if row["class"] in ("nothing downstream", "no direct path"):
+            assert row["restoration"] is None
+            continue
+        assert row["restoration"] == close(repair / loss)
+        assert row["restoration_low"] < repair / loss < row["restoration_high"]
+        assert row["restoration_with_norm"] is None or row["restoration_with_norm"] == close(
+            (repair + norm) / loss
+        )
+
+
+def test_terms_of_the_drop(page, rows):
+    selected = page["terms_of_drop"].to_dicts()
+    assert len(selected) == 16
+    for row in selected:
+        key = {"ablation": "zero", "component": row["component"], "layer": row["layer"]}
+        group = select(rows, experiment="facts", **key)
+        assert row["drop"] == close(-np.mean([r["delta_ablate"] for r in group]))
+        assert row["norm"] == close(np.mean([r["norm_effect"] for r in group]))
 
 
 def test_correlation(page, rows):
@@ -208,13 +227,15 @@ def test_foreign_activations(page, rows):
 # The three that stand by themselves, here and wherever they are quoted
 
 
-def test_the_layers_that_repair_most(results):
+def test_the_contributions_that_are_repaired_most(results):
     namespace, printed = run_blocks([blocks(ROOT / "docs/polars.md")[-3]], results)
-    layers = pl.concat(
-        [pl.read_parquet(p) for p in sorted(results.glob("results/*/*/summary/layers.parquet"))]
-    ).to_dicts()
-    lows = sorted((r["restoration_low"] for r in layers if r["subset"] == "all"), reverse=True)
-    assert namespace["top"]["restoration_low"].to_list() == lows[:10]
+    verdicts = [
+        row
+        for path in results.glob("results/*/*/summary/verdicts.parquet")
+        for row in pl.read_parquet(path).to_dicts()
+    ]
+    lows = sorted((row["restoration_low"] for row in verdicts if row["class"] == "repaired"), reverse=True)
+    assert namespace["top"]["restoration_low"].to_list() == lows[:10] and len(lows) >= 10
     assert "shape: (10, 7)" in printed[0]
 
 

@@ -69,14 +69,14 @@ def records(count: int, seed: int) -> Iterator[Record]:
     rng = random.Random(f"{seed}/ioi")
     seen: set[tuple[object, ...]] = set()
     while len(seen) < count // 2:
-        template, place, thing = rng.randrange(len(TEMPLATES)), rng.choice(PLACES), rng.choice(OBJECTS)
+        template, location, thing = rng.randrange(len(TEMPLATES)), rng.choice(PLACES), rng.choice(OBJECTS)
         answer, subject = rng.sample(NAMES, 2)
-        choice = (template, place, thing, answer, subject)
+        choice = (template, location, thing, answer, subject)
         if choice in seen:
             continue
         for order, (first, second) in (("ABBA", (answer, subject)), ("BABA", (subject, answer))):
             prompt = TEMPLATES[template].format(
-                first=first, second=second, subject=subject, place=place, object=thing
+                first=first, second=second, subject=subject, place=location, object=thing
             )
             yield Record(prompt, answer, subject, order, template, len(seen))
         seen.add(choice)
