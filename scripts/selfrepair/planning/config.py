@@ -45,6 +45,8 @@ class Model:
     device: str
     root: Path
     local: bool
+    family: str | None = None  # the training run, for a checkpoint of `checkpoints`
+    step: int | None = None  # its training step
 
     @property
     def location(self) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrepair.errors import InputError
-from selfrepair.planning import config_checks, config_schema
+from selfrepair.planning import config_checks, config_schema, training
 from selfrepair.planning.config import Config, Dataset, Experiment, Model, Runtime, is_local, normalized
 from selfrepair.planning.config_yaml import Problem, key_lines, read_yaml, repeated_keys
 
@@ -26,7 +26,8 @@ def load_config(
         raise_problems(repeated_keys(source), str(source))
     lines = {key: line for source in sources for key, line in key_lines(source).items()}
     raise_problems(config_schema.problems(raw), file, lines)
-    config = _build(config_schema.with_defaults(raw), Path(root))
+    raise_problems(training.problems(raw), file, lines)
+    config = _build(training.expanded(config_schema.with_defaults(raw)), Path(root))
     raise_problems(config_checks.problems(config), file, lines)
     return config
 

@@ -9,7 +9,7 @@ import itertools
 from functools import cached_property
 from typing import Any, Protocol
 
-from selfrepair.planning import costs, grid
+from selfrepair.planning import costs, grid, modelsize
 from selfrepair.planning.ablations import STD, activations_dataset, kind
 from selfrepair.planning.config import Config, Experiment, Model
 from selfrepair.planning.digests import dataset_digest, model_digest, tokenizer_digest
@@ -17,6 +17,7 @@ from selfrepair.planning.figure_names import FORMATS
 from selfrepair.planning.figure_names import names as figure_names
 from selfrepair.planning.fingerprint import code_digest, stage_digest
 from selfrepair.planning.stages import MODEL_STAGES, worker_modules
+from selfrepair.storage import checkpoints
 
 Spec = dict[str, Any]
 CELLS = f"{grid.RESULTS}/.cells"
@@ -287,9 +288,17 @@ class Plan:
         return {
             "experiment": experiment.name,
             "experiment_config": _settings(experiment),
-            "models": {name: self.config.models[name].spec for name in experiment.models},
+            "models": {name: self._compared(self.config.models[name]) for name in experiment.models},
             "code": self.code("crossmodel"),
         }
+
+    def _compared(self, model: Model) -> Spec:
+        """Return what the comparison shows of a model, beside its results."""
+        architecture = checkpoints.model_config(model.location, model.revision).get("model_type")
+        facts: Spec = {"architecture": architecture, "parameters": modelsize.size_of(model).parameters}
+        if model.family is not None:
+            facts |= {"family": model.family, "step": model.step}
+        return {**model.spec, **facts}
 
     # ---- runtime: values that rerun nothing --------------------------------------------------------------
 
