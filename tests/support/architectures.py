@@ -180,6 +180,8 @@ class Outcome:
     contributions: str = ""
     norm: str = ""
     parallel: str = ""
+    heads: str = ""  # query heads, or nothing
+    no_heads: str = ""
     closure: float = float("nan")
     paths: dict[str, str] = field(default_factory=dict)  # positions -> engine path
     error: float = float("nan")  # largest difference of any effect column from the reference, logits
@@ -188,7 +190,7 @@ class Outcome:
     def line(self) -> tuple[str, ...]:
         """What must not change from run to run."""
         paths = tuple(self.paths.get(positions, "") for positions in PROMPTS)
-        return (self.name, self.status, self.contributions, self.norm, self.parallel, *paths)
+        return (self.name, self.status, self.contributions, self.norm, self.parallel, *paths, self.heads)
 
 
 @functools.cache
@@ -225,6 +227,8 @@ def examine(name: str) -> Outcome:
     outcome.contributions = _contributions(described["layers"])
     outcome.norm = described["norm_kind"]
     outcome.parallel = "yes" if any(layer["parallel"] for layer in described["layers"]) else "no"
+    outcome.heads = _heads(loaded)
+    outcome.no_heads = loaded.adapter.no_heads or ""
     outcome.closure = described["closure_error"]
     outcome.paths = {positions: choice.path for positions, choice in found.items()}
     outcome.error = max(*(choice.error for choice in found.values()), *(error for error, _ in own))
@@ -270,6 +274,13 @@ def disagreement(loaded: LoadedModel, positions: str, path: str) -> tuple[float,
     return worst, ledger
 
 
+def _heads(loaded: LoadedModel) -> str:
+    """The number of query heads, where every layer has them."""
+    if loaded.adapter.no_heads:
+        return "no"
+    return ", ".join(str(n) for n in sorted({layer.heads.n_heads for layer in loaded.adapter.layers}))
+
+
 def _contributions(kinds: list[dict[str, Any]]) -> str:
     """The contribution modules, with the layers where not all are alike."""
     parts = []
@@ -295,6 +306,8 @@ and `tests/model/test_architectures.py` fails when code and table part.
 - *contributions*: the modules whose outputs the layer adds to the residual stream, attention (or what mixes positions
   in its place, under its own name) first; layer numbers where layers differ; a factor where there is a residual
   multiplier.
+- *heads*: the number of query heads whose parts make up the attention contribution in every layer; "no" where there is
+  no such split, with the reason in a table of its own.
 - *closure*: what the two leave unexplained of a layer's change of the residual stream, relative.
 - *last*, *all*: the fastest engine path that agrees with full hooked forward passes, for either kind of `positions`.
 - *error*: the largest difference of any effect column from one hooked full forward pass per ablation, in logits: both
@@ -313,11 +326,14 @@ def table(outcomes: list[Outcome]) -> str:
     types = {outcome.model_type for outcome in measured}
     lines = [HEADER.format(version=transformers.__version__)]
     lines += [f"## Measured: {len(types)} types, {len(measured)} shapes", ""]
-    lines += ["| model | contributions | final norm | parallel | last | all | closure | error |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["| model | contributions | final norm | parallel | last | all | heads | closure | error |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for o in measured:
-        cells = [o.name, o.contributions, o.norm, o.parallel, o.paths["last"], o.paths["all"]]
+        cells = [o.name, o.contributions, o.norm, o.parallel, o.paths["last"], o.paths["all"], o.heads]
         lines.append(f"| {' | '.join([*cells, f'{o.closure:.0e}', f'{o.error:.0e}'])} |")
+    headless = [o for o in measured if o.no_heads]
+    lines += ["", f"## Measured without heads: {len(headless)}", "", "| model | reason |", "|---|---|"]
+    lines += [f"| {o.name} | {_cell(o.no_heads)} |" for o in headless]
     lines += ["", f"## Refused: {len(refused)}", "", "| model | reason |", "|---|---|"]
     lines += [f"| {o.name} | {_cell(o.reason)} |" for o in refused]
     lines += ["", f"## Not tried: {len(absent)}", ""]
@@ -346,10 +362,10 @@ def committed(page: str) -> set[tuple[str, ...]]:
             continue
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if status == "measured":
-            name, contributions, norm, parallel, last, everywhere, *_ = cells
-            lines.add((name, status, contributions, norm, parallel, last, everywhere))
-        else:
-            lines.add((cells[0], status, "", "", "", "", ""))
+            name, contributions, norm, parallel, last, everywhere, heads, *_ = cells
+            lines.add((name, status, contributions, norm, parallel, last, everywhere, heads))
+        elif status != "measured without heads":
+            lines.add((cells[0], status, "", "", "", "", "", ""))
     return lines
 
 

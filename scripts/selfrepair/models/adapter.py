@@ -22,6 +22,20 @@ class NoDecompositionError(InputError):
 
 
 @dataclass(frozen=True)
+class HeadSplit:
+    """How the attention contribution of a layer is made from its query heads.
+
+    contribution = multiplier * tail(projection(x)), position by position, and x (..., n_heads * width) is the heads'
+    parts side by side.
+    """
+
+    projection: str  # path, relative to the layer
+    tail: tuple[str, ...]  # modules between projection and contribution, such as a post-norm
+    n_heads: int  # query heads
+    width: int  # entries of x per head
+
+
+@dataclass(frozen=True)
 class LayerAdapter:
     """The two contributions of one layer: module paths, relative to the layer, and how they enter the stream."""
 
@@ -35,6 +49,8 @@ class LayerAdapter:
     mixer_outputs: int | None  # length of the tuple that `mixer` returns; None for a bare tensor
     layer_outputs: int | None  # length of the tuple that the layer returns; None for a bare tensor
     closure_error: float  # |out - in - contributions| / |out - in| in the recorded pass
+    heads: HeadSplit | None = None
+    no_heads: str = ""  # why `heads` is None
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,14 @@ class Adapter:
     norm_error: float  # relative error of the fitted norm in the recorded pass
     head_error: float  # relative error of the head's input in the recorded pass
 
+    @property
+    def no_heads(self) -> str | None:
+        """Return why heads of this model cannot be ablated, with the layer; None if they can."""
+        for number, layer in enumerate(self.layers):
+            if layer.heads is None:
+                return f"layer {number}: {layer.no_heads or 'its heads were not looked for'}"
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Return the adapter as JSON for metadata and reports. Layers with equal fields are listed once."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
@@ -68,6 +92,8 @@ class Adapter:
                 for (attn, mlp, multiplier, parallel), which in kinds.items()
             ],
             "closure_error": max(layer.closure_error for layer in self.layers),
+            "heads": self.no_heads
+            or [layer.heads.n_heads for layer in self.layers if layer.heads is not None],
         }
 
 

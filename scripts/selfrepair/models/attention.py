@@ -8,7 +8,7 @@ transformers; a model whose attention does not go through that interface takes a
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _RECORD = "selfrepair_record"
+_WATCH = "selfrepair_watch"
 _ROWS = "selfrepair_rows"  # registered without a mask function: such models are given no mask to build
 
 # attention module -> (prompt, kv head, position, head dim) x 2, of all positions but the last
@@ -39,6 +40,7 @@ class Block:
 class _State:
     recorded: KeysValues = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
+    watch: Callable[[nn.Module, Tensor], Tensor | None] | None = None
     original: str = "sdpa"
 
 
@@ -64,6 +66,23 @@ def recording(model: PreTrainedModel) -> Iterator[KeysValues]:
             yield recorded
         finally:
             _state.recorded = {}
+
+
+@contextlib.contextmanager
+def watching(
+    model: PreTrainedModel, function: Callable[[nn.Module, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Within the block, call `function(attention module, output)` after every attention call.
+
+    The output is (prompt, position, query head, value dim). What the function returns, unless None, replaces it.
+    """
+    with _implementation(model, _WATCH) as original:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_WATCH, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        _state.watch, _state.original = function, original
+        try:
+            yield
+        finally:
+            _state.watch = None
 
 
 @contextlib.contextmanager
@@ -103,11 +122,19 @@ def _record(
     # heads come as views of (prompt, position, head, dim), and keys are wanted transposed.
     keys = key[:, :, :-1].transpose(-1, -2).contiguous().transpose(-1, -2)
     _state.recorded[module] = (keys, value[:, :, :-1].contiguous())
+    return _original(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _original(module: nn.Module) -> Callable[..., Any]:
     if _state.original == "eager":
-        function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-    else:
-        function = ALL_ATTENTION_FUNCTIONS[_state.original]
-    return function(module, query, key, value, attention_mask, **kwargs)
+        return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return ALL_ATTENTION_FUNCTIONS[_state.original]
+
+
+def _watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    output, weights = _original(module)(module, *args, **kwargs)
+    replacement = _state.watch(module, output) if _state.watch is not None else None
+    return (output if replacement is None else replacement), weights
 
 
 def _rows(
@@ -177,4 +204,5 @@ def _rows(
 
 
 ALL_ATTENTION_FUNCTIONS.register(_RECORD, _record)
+ALL_ATTENTION_FUNCTIONS.register(_WATCH, _watched)
 ALL_ATTENTION_FUNCTIONS.register(_ROWS, _rows)

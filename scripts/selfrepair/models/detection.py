@@ -3,7 +3,8 @@
 1. `trace` records what every layer reads and returns and what its submodules return.
 2. `decomposition` finds the two submodules of each layer whose outputs add up to the layer's change of the stream.
 3. `roles` finds which of the two mixes positions, and whether they run in parallel.
-4. `unembedding` fits the final norm, the logit scale and the soft-cap.
+4. `heads` finds the projection that makes the attention contribution from the query heads.
+5. `unembedding` fits the final norm, the logit scale and the soft-cap.
 A model for which one of these identities does not hold is refused with the measured error.
 """
 
@@ -19,6 +20,7 @@ from selfrepair.models.adapter import (
     tolerance,
 )
 from selfrepair.models.decomposition import find_contributions, find_mixer, find_trim
+from selfrepair.models.heads import find_heads
 from selfrepair.models.probes import probe_ids, random_streams
 from selfrepair.models.roles import find_roles, require_one_mixer
 from selfrepair.models.trace import find_layers, record
@@ -64,6 +66,7 @@ def detect(model: PreTrainedModel) -> Adapter:
                 closure_error=pair.error,
             )
         )
+    adapters = find_heads(model, layers, adapters, streams)
     norm_path, norm, norm_error = find_final_norm(model, trace, error, name)
     head = find_head(model, trace, norm, error, name)
     return Adapter(

@@ -15,6 +15,7 @@ from selfrepair.errors import InputError
 from selfrepair.models import hooks, weights
 from selfrepair.models.adapter import (
     Adapter,
+    HeadSplit,
     LayerAdapter,
     decoder_layers,
     require_decoder_only,
@@ -65,6 +66,33 @@ class LoadedModel:
         adapter = self.layer(site.layer)
         path = adapter.attn if site.component == ATTN else adapter.mlp
         return self.layers[site.layer].get_submodule(path)
+
+    def projection(self, number: int) -> nn.Module:
+        """Return the module that reads the query heads of a layer side by side (see `HeadSplit`)."""
+        return self.layers[number].get_submodule(self.heads(number).projection)
+
+    def heads(self, number: int) -> HeadSplit:
+        """Return how a layer's attention contribution is made from its heads. Raises InputError if it is not."""
+        split = self.adapter.layers[number].heads
+        if split is None:
+            raise InputError(
+                f"heads cannot be ablated: {self.adapter.no_heads}",
+                where=self.spec.path if self.spec else type(self.model).__name__,
+                remedy="use `components: [attn, mlp]` for this model.",
+            )
+        return split
+
+    @torch.no_grad()
+    def from_heads(self, number: int, x: Tensor) -> Tensor:  # (..., n_heads * width) -> (..., d_model)
+        """Return the attention contribution f(x) that a layer makes of its heads' parts x, multiplier included.
+
+        Hooks on the modules do not fire. Raises InputError if the layer has no heads.
+        """
+        split, layer = self.heads(number), self.layers[number]
+        y = x.to(self.dtype).reshape(1, -1, x.shape[-1])  # some norms require three dimensions
+        for path in (split.projection, *split.tail):
+            y = layer.get_submodule(path).forward(y)
+        return self.layer(number).multiplier * y.reshape(*x.shape[:-1], -1)
 
     @cached_property
     def device(self) -> torch.device:
