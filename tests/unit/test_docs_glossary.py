@@ -3,8 +3,10 @@
 import glossary
 import pyarrow as pa
 import pytest
-from selfrepair.analysis.audit import NUMERICS
-from selfrepair.analysis.summary import DOWNSTREAM, LAYERS
+from selfrepair.analysis.ablation_table import ABLATIONS
+from selfrepair.analysis.audit import AUDIT, NUMERICS
+from selfrepair.analysis.downstream import DOWNSTREAM
+from selfrepair.analysis.layers import LAYERS
 from selfrepair.analysis.verdicts import VERDICTS
 from selfrepair.effects.columns import EFFECTS
 from selfrepair.storage.schemas import CLEAN, TOKENS
@@ -18,6 +20,8 @@ TABLES = {
     "summary/layers.parquet": LAYERS,
     "summary/verdicts.parquet": VERDICTS,
     "summary/downstream.parquet": DOWNSTREAM,
+    "summary/ablations.parquet": ABLATIONS,
+    "summary/audit.parquet": AUDIT,
 }
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 import synthetic
 from selfrepair.analysis.cells import read_cell
-from selfrepair.analysis.summary import MEANS
+from selfrepair.analysis.layers import MEANS
 from selfrepair.effects.columns import EFFECT_COLUMNS, EFFECTS
 from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.jobs.job import Job
@@ -136,7 +137,7 @@ def expected_statistics(rows):
         residual = [v - mean(y) - slope * (x - mean(direct)) for x, v in zip(direct, y, strict=True)]
         expected[f"r2{suffix}"] = 1 - math.fsum(r * r for r in residual) / n / spread if spread else None
     expected["restoration"] = -mean(e["compensation"]) / mean(direct)
-    expected["restoration_total"] = 1 - mean(e["delta_ablate"]) / mean(direct)
+    expected["restoration_total"] = -(mean(e["compensation"]) + mean(e["norm_effect"])) / mean(direct)
     whole = mean(e["compensation"]) + mean(e["norm_effect"])
     for name, part in (
         ("attn", "compensation_attn"),
@@ -257,30 +258,61 @@ def test_downstream_is_what_loops_over_the_rows_give(run, summary):
     assert len(downstream) == 2 * 4 * sum((2 * (3 - k) + 1) + 2 * (3 - k) for k in range(4))
     for (source, ablation, layer, component), group in groups.items():
         rows = rows_of(run, source, ablation, layer, component)
-        direct = by_prompt(rows, lambda r: r["direct_effect"])
-        change = {
-            (half, lower): by_prompt(rows, lambda r, h=half, i=lower: r[f"downstream_{h}"][i])
-            for half in ("attn", "mlp")
-            for lower in range(4)
-        }
-        mean = {at: sum(values.values()) / len(values) for at, values in change.items()}
-        sign = -1 if sum(direct.values()) > 0 else 1
-        best = max(mean, key=lambda at: sign * mean[at])
-        wins = dict.fromkeys(mean, 0)
-        for p, d in direct.items():
-            own = max(change, key=lambda at: -np.sign(d) * change[at][p])
-            if -np.sign(d) * change[own][p] > 0:
-                wins[own] += 1
-        assert sum(row["strongest"] for row in group) == int(sign * mean[best] > 0)
+        clean = clean_effects(run, source)
+        n = len(rows)
+        every = {(half, later) for half in ("attn", "mlp") for later in range(4)}
+        kinds = {at: dict.fromkeys(("attenuated", "woken", "propagated"), 0.0) for at in every}
+        aligned = {at: {} for at in every}
+        for row in rows:
+            sign = -np.sign(
+                row["direct_effect"]
+            )  # of D: positive if the ablation removed support for the target
+            for half, later in every:
+                u = sign * clean[row["prompt"]][half][later]
+                du = sign * row[f"downstream_{half}"][later]
+                kind = "propagated" if du < 0 else "woken" if u >= 0 else "attenuated"
+                kinds[half, later][kind] += du / n
+                aligned[half, later].setdefault(row["prompt"], []).append(du)
+        per_prompt = {at: {p: sum(v) / len(v) for p, v in values.items()} for at, values in aligned.items()}
+        wins = dict.fromkeys(every, 0)
+        for p in clean:
+            best = max(every, key=lambda at: per_prompt[at][p])
+            wins[best] += per_prompt[best][p] > 0
         for row in group:
             at = row["downstream_component"], row["downstream_layer"]
-            assert row["mean_change"] == pytest.approx(mean[at], rel=1e-6, abs=1e-9)
-            assert row["low"] <= row["mean_change"] <= row["high"]
-            assert row["strongest"] == (at == best and sign * mean[best] > 0)
-            assert row["agreement"] == pytest.approx(wins[at] / len(direct))
+            changes = by_prompt(rows, lambda r, at=at: r[f"downstream_{at[0]}"][at[1]])
+            assert row["mean_change"] == pytest.approx(sum(changes.values()) / 9, rel=1e-5, abs=1e-7)
+            assert row["aligned_change"] == pytest.approx(sum(kinds[at].values()), rel=1e-5, abs=1e-6)
+            for kind, value in kinds[at].items():
+                assert row[kind] == pytest.approx(value, rel=1e-5, abs=1e-6), kind
+            if ablation in ("zero", "noise"):  # draws of different prompts are independent
+                for bounds, values in (
+                    (("low", "high"), changes),
+                    (("aligned_low", "aligned_high"), per_prompt[at]),
+                ):
+                    expected = scipy.stats.t.interval(
+                        0.95, 8, *mean_and_error(np.array(list(values.values())))
+                    )
+                    assert [row[bound] for bound in bounds] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert row["agreement"] == pytest.approx(wins[at] / 9)
             assert row["prompts"] == 9
-        found = {(r["downstream_component"], r["downstream_layer"]) for r in group}
-        assert all(mean[at] == 0 for at in set(mean) - found)
+        listed = {(r["downstream_component"], r["downstream_layer"]) for r in group}
+        assert all(sum(map(abs, kinds[at].values())) == 0 for at in every - listed)
+        strongest = [row for row in group if row["strongest"]]
+        assert len(strongest) <= 1
+        for row in strongest:
+            assert row["aligned_change"] == max(r["aligned_change"] for r in group)
+            assert row["adjusted_p"] <= 0.05 and row["aligned_low"] > 0
+
+
+def mean_and_error(values):
+    return values.mean(), scipy.stats.sem(values)
+
+
+def clean_effects(run, source):
+    """Direct effects in the clean run by prompt, then component: one number per layer."""
+    rows = pq.read_table(run.base / f"clean/{source}.parquet").to_pylist()
+    return {row["prompt"]: {half: row[f"unembed_{half}"] for half in ("attn", "mlp")} for row in rows}
 
 
 def test_downstream_finds_the_planted_repairer(summary):
@@ -325,6 +357,8 @@ def test_numerics_are_what_loops_over_the_rows_give(run, summary):
                 "signal_to_noise": rms(effect) / rms(floor),
                 "selftest_error": 1.5e-6,
                 "warning": None,
+                "contributions": 32,
+                "contributions_warned": 0,
             },
         )
         assert row["ledger_error_max"] == pytest.approx(worst[0], rel=1e-6) and worst[0] > 0
@@ -357,6 +391,7 @@ def test_changes_upstream_and_sums_that_differ_are_noticed(copy):
     numerics = summarise(copy)[2].to_dicts()
     assert numerics[0]["downstream_error_max"] == pytest.approx(0.25, abs=1e-6)
     assert "upstream" in numerics[0]["warning"] and numerics[1]["warning"] is None
+    assert numerics[0]["contributions_warned"] == 1 and numerics[1]["contributions_warned"] == 0
 
 
 def test_a_high_noise_floor_is_a_warning(copy):
@@ -388,6 +423,9 @@ def test_no_effect_anywhere_is_a_warning(copy):
     for name in ("restoration", "restoration_total", "slope", "correlation", "share_attn", "restoration_low"):
         assert layers[name].null_count() == len(layers), name
     assert not downstream["strongest"].any() and downstream["agreement"].max() == 0
+    verdicts = pl.read_parquet(copy.base / "summary/verdicts.parquet")
+    assert set(verdicts["class"].unique()) == {"no direct path", "nothing downstream"}
+    assert verdicts["restoration"].null_count() == len(verdicts)
 
 
 # Same bytes, whatever the order

@@ -46,8 +46,12 @@ class Cell:
         """What tells this cell from the others of its experiment and model."""
         return self.source, self.ablation, self.layer
 
-    def row(self, component: int, prompt: int, draw: int) -> str:
-        """Name one row, given by its place in the arrays, for people."""
+    def index(self, component: str, head: int | None) -> int:
+        """Return the position of an ablated contribution in the arrays."""
+        return self.components.index(component)
+
+    def row_name(self, component: int, prompt: int, draw: int) -> str:
+        """Return a readable name of one row, given by its positions in the arrays."""
         return (
             f"ablation={self.ablation} layer={self.layer} component={self.components[component]} "
             f"prompt={self.prompts[prompt]} draw={self.draws[draw]}"

@@ -17,7 +17,7 @@ from scipy import stats
 from selfrepair.analysis import responsibility
 from selfrepair.analysis.contribution import Contribution
 from selfrepair.analysis.sample import Sample
-from selfrepair.analysis.schema import KEYS, NAME, with_interval
+from selfrepair.analysis.schema import KEYS, NAME, floor_key, with_interval
 from selfrepair.analysis.statistics import Bootstrap
 from selfrepair.analysis.thresholds import FALSE_DISCOVERY_RATE, MIN_LOSS_SHARE, MIN_LOSS_TO_NOISE
 
@@ -103,11 +103,6 @@ def estimate(contribution: Contribution, bootstrap: Bootstrap) -> Row:
         row |= dict(zip(with_interval(f"restoration{reading.suffix}"), values, strict=True))
         row[f"p{reading.suffix}"] = sample.p_value(reading.repair)
     return row
-
-
-def floor_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what the control and an ablation of the same contribution have in common."""
-    return row["source"], row["layer"], row["component"], row["head"]
 
 
 def classify(

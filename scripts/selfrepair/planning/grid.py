@@ -13,7 +13,7 @@ from selfrepair.planning.config import Config, Experiment, Model
 from selfrepair.storage import checkpoints
 
 RESULTS = "results"
-SUMMARY_TABLES = ("layers", "verdicts", "downstream")
+SUMMARY_TABLES = ("layers", "verdicts", "downstream", "ablations", "audit")
 
 
 class Cell(NamedTuple):

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from selfrepair.analysis import audit, summary, verdicts
+from selfrepair.analysis import audit, layers, verdicts
+from selfrepair.analysis.ablation_table import ABLATIONS, AblationTotals
 from selfrepair.analysis.cells import CONTROL, Cell, read_cell, read_clean
 from selfrepair.analysis.contribution import contributions
-from selfrepair.analysis.schema import table
+from selfrepair.analysis.downstream import DOWNSTREAM, downstream_table
+from selfrepair.analysis.schema import floor_key, ordered, table
 from selfrepair.analysis.statistics import Bootstrap, seed_of
 from selfrepair.analysis.thresholds import LEVEL, RESAMPLES
 from selfrepair.errors import InputError
@@ -27,7 +30,7 @@ log = logging.getLogger("selfrepair")
 
 
 def run(job: Job, session: object) -> None:
-    """Read `cells` and `clean` (lists of paths); write `numerics`, `layers`, `downstream` and `verdicts`.
+    """Read `cells` and `clean` (lists of paths); write `numerics` and every table of grid.SUMMARY_TABLES.
 
     Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError for a file that does not hold
     what was written, InputError for missing, foreign, differing or not finite cells.
@@ -39,10 +42,9 @@ def run(job: Job, session: object) -> None:
             raise _foreign(path, f"holds source {source.name!r}, and so does {sources[source.name].path}")
         sources[source.name] = source
 
-    layers: list[dict[str, Any]] = []
-    downstream: list[dict[str, Any]] = []
-    estimates: list[dict[str, Any]] = []
-    floors: dict[tuple[Any, ...], float] = {}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("layers", "estimates", "audit")}
+    downstream: list[pa.Table] = []
+    stored_mean_errors: dict[tuple[Any, ...], float] = {}
     for path in job.input["cells"]:
         cell = read_cell(path)
         if cell.source not in sources:
@@ -50,42 +52,60 @@ def run(job: Job, session: object) -> None:
         source = sources[cell.source]
         source.add(cell)
         parallel = cell.layer in source.parallel
-        ablated = list(contributions(cell, source.clean_effects, parallel=parallel))
-        if cell.ablation == CONTROL:  # not an ablation: it gives the noise floors
-            floors |= {
-                verdicts.floor_key(row.keys): float(np.sqrt(np.square(row.drop).mean())) for row in ablated
-            }
-            continue
-        layers += summary.layer_rows(cell, source.subsets)
-        bootstrap = source.subsets["all"][1]
-        downstream += summary.downstream_rows(cell, bootstrap, parallel=parallel)
-        estimates += [verdicts.estimate(row, bootstrap) for row in ablated]
+        for row in contributions(cell, source.clean_effects, parallel=parallel):
+            rows["audit"].append(audit.audit_row(cell, row, parallel=parallel))
+            if cell.ablation == CONTROL:  # not an ablation: it gives the noise floors
+                continue
+            rows["layers"] += layers.layer_rows(row, source.subsets)
+            rows["estimates"].append(verdicts.estimate(row, source.bootstrap))
+            downstream.append(downstream_table(row))
+            source.totals.add(row)
+            if cell.ablation == f"replace-{cell.source}":
+                stored_mean_errors[floor_key(row.keys)] = layers.stored_mean_errors(row)
 
-    numerics = []
     for source in sources.values():
         source.check_complete()
-        row = source.audit.row(source.clean, source.facts)
-        numerics.append(row)
-        if row["warning"]:
-            log.warning("WARNING, data set %s: %s", source.name, row["warning"].replace("; ", ";\n  "))
-        log.info(
-            "%s: %d rows, ledger closes to %.2g logits, noise floor %.2g, effects %.3g rms",
-            *(source.name, row["rows"], row["ledger_error_max"], row["noise_floor_rms"], row["effect_rms"]),
-        )
-
+    for layer in rows["layers"]:
+        if layer["ablation"] == "mean" and layer["subset"] == "all":
+            layer["stored_mean_error"] = stored_mean_errors.get(floor_key(layer))
+    compared = audit.compare(rows["audit"], {name: s.facts.get("dtype") for name, s in sources.items()})
+    floors = {floor_key(row): row["noise_floor_rms"] for row in compared}
+    results = {
+        "layers": table(rows["layers"], layers.LAYERS),
+        "verdicts": table(verdicts.classify(rows["estimates"], floors), verdicts.VERDICTS),
+        "downstream": ordered(downstream, DOWNSTREAM),
+        "audit": table(compared, audit.AUDIT),
+        "ablations": table(
+            [row for source in sources.values() for row in source.totals.rows(source.bootstrap)], ABLATIONS
+        ),
+        "numerics": table(
+            [_numerics(source, rows["audit"], compared) for source in sources.values()], audit.NUMERICS
+        ),
+    }
     metadata = _shared(source.facts for source in sources.values()) | {
         "config": job.params,
         "inputs": cellstore.input_digests(job),
         "seed": job.params["seed"],
         "summary": {"level": LEVEL, "resamples": RESAMPLES},
     }
-    for name, rows, schema in (
-        ("layers", layers, summary.LAYERS),
-        ("downstream", downstream, summary.DOWNSTREAM),
-        ("verdicts", verdicts.classify(estimates, floors), verdicts.VERDICTS),
-        ("numerics", numerics, audit.NUMERICS),
-    ):
-        tables.write(job.output[name], table(rows, schema), None, metadata)
+    for name, result in results.items():
+        tables.write(job.output[name], result, None, metadata)
+
+
+def _numerics(
+    source: "_Source", rows: list[dict[str, Any]], compared: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the row of numerics.parquet of one data set, and log it."""
+    own, own_compared = ([row for row in table if row["source"] == source.name] for table in (rows, compared))
+    row = audit.numerics_row(own, own_compared, source.clean, source.facts)
+    for warning in (row["warning"], row["ablation_warning"]):
+        if warning:
+            log.warning("WARNING, data set %s: %s", source.name, warning.replace("; ", ";\n  "))
+    log.info(
+        "%s: %d rows, ledger closes to %.2g logits, noise floor %.2g, effects %.3g rms",
+        *(source.name, row["rows"], row["ledger_error_max"], row["noise_floor_rms"], row["effect_rms"]),
+    )
+    return row
 
 
 class _Source:
@@ -108,7 +128,8 @@ class _Source:
         unembed = [np.stack(self.clean[f"unembed_{half}"].to_pylist()) for half in COMPONENTS]
         self.clean_effects = np.stack(unembed, axis=1)[order].astype(np.float64)  # (prompt, 2, layer)
         self.subsets = self._subsets(params["seed"])
-        self.audit = audit.Audit()
+        self.bootstrap = self.subsets["all"][1]
+        self.totals = AblationTotals()
         self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path
         self.components: tuple[str, ...] | None = None
 
@@ -126,12 +147,12 @@ class _Source:
         if (cell.experiment, cell.model) != self.keys:
             found = f"{cell.experiment} / {cell.model}"
             raise _foreign(cell.path, f"is of {found}, not of {' / '.join(self.keys)}")
-        layers = self.seen.setdefault(cell.ablation, {})
-        if cell.layer in layers:
+        paths = self.seen.setdefault(cell.ablation, {})
+        if cell.layer in paths:
             raise _foreign(
-                cell.path, f"holds {cell.ablation} of layer {cell.layer}, as does {layers[cell.layer]}"
+                cell.path, f"holds {cell.ablation} of layer {cell.layer}, as does {paths[cell.layer]}"
             )
-        layers[cell.layer] = cell.path
+        paths[cell.layer] = cell.path
         if not np.array_equal(cell.prompts, self.prompts):
             differing = np.setxor1d(cell.prompts, self.prompts)
             raise _foreign(
@@ -143,15 +164,14 @@ class _Source:
         self.components = self.components or cell.components
         if cell.components != self.components:
             raise _foreign(cell.path, f"has components {cell.components}, other cells {self.components}")
-        self.audit.add(cell, parallel=cell.layer in self.parallel)
 
     def check_complete(self) -> None:
         """Every ablation must have the same layers, and the control must be among them."""
         if CONTROL not in self.seen:
             raise _missing(self.name, f"no cell of the control {CONTROL!r} among the inputs")
         every = set().union(*self.seen.values())
-        for ablation, layers in self.seen.items():
-            if lacking := sorted(every - set(layers)):
+        for ablation, paths in self.seen.items():
+            if lacking := sorted(every - set(paths)):
                 raise _missing(self.name, f"ablation {ablation!r} lacks layers {lacking}")
 
 
