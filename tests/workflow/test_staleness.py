@@ -15,8 +15,7 @@ from tinyproject import CONFIG, write_data
 
 Planned = dict[str, list[str]]
 ABLATIONS = ("zero", "mean", "random", "noise", "replace-b", "self")  # of experiment `last`
-AGGREGATES = ("manifest", "summary", "figures", "report")
-TABLES = ("summary", "figures", "report")  # what a change of the statistics touches
+AGGREGATES = ("summary", "figures", "report")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ ALL_CELLS = [  # of experiment `all`
 
 def aggregates(*experiments: str, rules: tuple[str, ...] = AGGREGATES) -> Planned:
     """The jobs behind the cells."""
-    first = {"manifest": "manifest.parquet", "summary": "numerics.parquet", "report": "report.html"}
+    first = {"summary": "numerics.parquet", "report": "report.html"}
     first["figures"] = "figures/scatter-by-layer.html"
     found: Planned = {}
     for rule, experiment in itertools.product(rules, experiments):
@@ -198,7 +197,7 @@ def test_the_colour_of_a_figure_reruns_figures_and_reports(project: Project) -> 
 
 def test_statistics_rerun_no_cell(project: Project) -> None:
     add_logic(project, "analysis/statistics")
-    assert project.planned() == aggregates("all", "last", rules=TABLES)
+    assert project.planned() == aggregates("all", "last")
 
 
 def test_the_engine_reruns_cells_and_no_tokens(project: Project) -> None:
@@ -236,7 +235,7 @@ MISSING: dict[str, Planned] = {
         "effects": ["last/tiny/effects/source=a/ablation=zero/layer=1.parquet"],
         **aggregates("last"),
     },
-    "all/tiny/numerics.parquet": aggregates("all", rules=TABLES),
+    "all/tiny/numerics.parquet": aggregates("all"),
     "all/tiny/figures/ledger.svg": aggregates("all", rules=("figures", "report")),
 }
 
