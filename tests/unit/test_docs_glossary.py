@@ -1,19 +1,24 @@
 """docs/glossary.md defines every column of every table, and no column that no table has."""
 
+import re
+from pathlib import Path
+
 import glossary
 import pyarrow as pa
 import pytest
+import selfrepair
 from selfrepair.analysis.ablation_table import ABLATIONS
 from selfrepair.analysis.audit import AUDIT, NUMERICS
 from selfrepair.analysis.downstream import DOWNSTREAM
 from selfrepair.analysis.layers import LAYERS
 from selfrepair.analysis.verdicts import VERDICTS
 from selfrepair.effects.columns import EFFECTS
-from selfrepair.storage.schemas import CLEAN, TOKENS
+from selfrepair.storage.schemas import CLEAN, MANIFEST, TOKENS
 
 PAGE = glossary.PAGE.read_text(encoding="utf-8")
 TABLES = {
     "effects/source=S/ablation=A/layer=L.parquet": EFFECTS,
+    "manifest.parquet": MANIFEST,
     "tokens/{dataset}.parquet": TOKENS,
     "clean/{dataset}.parquet": CLEAN,
     "numerics.parquet": NUMERICS,
@@ -30,6 +35,18 @@ def test_every_column_is_defined_and_exists(table: str) -> None:
     defined = glossary.columns(PAGE, table)
     assert defined - set(TABLES[table].names) == set()
     assert undefined(TABLES[table], defined) == set()
+
+
+def test_every_table_of_the_package_is_on_the_page() -> None:
+    package = Path(selfrepair.__file__).parent
+    paths = [path for room in ("storage", "effects", "analysis") for path in (package / room).glob("*.py")]
+    names = {
+        name
+        for path in paths
+        for name in re.findall(r"^([A-Z]+) = pa\.schema\(", path.read_text(), re.MULTILINE)
+    }
+    assert names == {name for name, value in globals().items() if isinstance(value, pa.Schema)}
+    assert len(names) == len(TABLES)
 
 
 def undefined(schema: pa.Schema, defined: set[str]) -> set[str]:
