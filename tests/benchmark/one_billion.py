@@ -120,7 +120,7 @@ def measure(directory: Path, dtype: str) -> None:
         runs = session.clean_runs(loaded, positions, prompts, positions, choice.path, rows)
         kept = 1 if positions == "last" else length
         store = torch.randn(8, kept, CONFIG["hidden_size"], generator=generator).to(loaded.dtype)
-        key = Key(0, "one-billion", "random", "replace")
+        key = Key(0, "random", "replace")
         total, squares, floor = 0, 0.0, 0.0
         for layer in LAYERS:
             sites = tuple(Site(layer, component) for component in COMPONENTS)

@@ -149,7 +149,7 @@ class Work:
             for row in store_ids
         ]
         self.stored = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        self.ablation = Replace(Key(0, "benchmark", "source", "replace"), n_draws, store_prompts, self.stored)
+        self.ablation = Replace(Key(0, "source", "replace"), n_draws, store_prompts, self.stored)
 
     @property
     def prompts(self) -> list[Prompt]:

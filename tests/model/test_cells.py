@@ -140,7 +140,7 @@ class Experiment:
         own = self.forward("here", prompt).contributions[site]
         own = own if self.positions == "all" else own[-1:]
         kind = row["ablation"]
-        key = draws.Key(SEED, MODEL, "here", kind)
+        key = draws.Key(SEED, "here", kind)
         if kind == "zero":
             return torch.zeros_like(own)
         if kind == "self":
@@ -152,7 +152,7 @@ class Experiment:
             found = self.forward(dataset, row["replacement"]).contributions[site]
             return found if self.positions == "all" else found[-1:]
         if kind in ("random", "gaussian"):
-            every = [self.contributions(d, layer, component).reshape(-1, own.shape[-1]) for d in self.ids]
+            every = [self.contributions(d, layer, component) for d in self.ids]
             pooled = torch.cat(every).numpy()
             noise = key.normal(prompt, draw, tuple(own.shape)).astype(np.float64)
             value = noise * pooled.std(0) + (pooled.mean(0) if kind == "gaussian" else 0.0)

@@ -58,7 +58,7 @@ def prompts(count: int, length: int, positions: str) -> list[Prompt]:
 
 
 def ablation(kind: str, loaded, positions: str, length: int, rows: int):
-    key = Key(0, "m", "s", kind)
+    key = Key(0, "s", kind)
     kept = length if positions == "all" else 1
     generator = torch.Generator().manual_seed(0)
     d_model = loaded.adapter.d_model

@@ -38,7 +38,7 @@ def replace(loaded, positions: str, n_draws: int) -> Replace:
     generator = torch.Generator().manual_seed(0)
     stored = torch.randn(8, kept, loaded.adapter.d_model, generator=generator)
     values = dict.fromkeys(contributions(range(1, 2)), stored)
-    return Replace(Key(0, "m", "s", "replace-s"), n_draws, list(range(8)), values)
+    return Replace(Key(0, "s", "replace-s"), n_draws, list(range(8)), values)
 
 
 def cell(loaded, found: CleanRuns, positions: str, path: str, *, n_draws: int = 3, rows: int = 24):

@@ -55,7 +55,7 @@ def cell(loaded, positions, path, layer, component, rows=4096):
     for number in range(len(runs.batches)):
         runs.run(number, layer)
     stored = torch.randn(5, 1 if positions == "last" else T, D, generator=generator)
-    ablation = Replace(Key(0, "m", "s", "a"), DRAWS, list(range(5)), {Site(layer, component): stored})
+    ablation = Replace(Key(0, "s", "a"), DRAWS, list(range(5)), {Site(layer, component): stored})
     settings = Settings((Site(layer, component),), DRAWS, positions, path, rows)
     return lambda: measure(loaded, runs, ablation, settings)
 

@@ -133,8 +133,8 @@ def test_the_noise_floor_is_that_of_the_precision(runs, dtype):
 
 
 def test_the_floor_of_wider_precisions_is_rounding(runs):
-    assert runs["float64"].numerics["noise_floor_max"] < 1e-12
-    assert runs["float32"].numerics["noise_floor_max"] < 5e-6
+    assert 0 < runs["float64"].numerics["noise_floor_max"] < 1e-12
+    assert 0 < runs["float32"].numerics["noise_floor_max"] < 5e-6
     for dtype in ("float64", "float32"):
         assert runs[dtype].numerics["warning"] is None
         assert np.abs(runs[dtype].column("direct_effect", ["self"])).max() < 1e-6

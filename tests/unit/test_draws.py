@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from selfrepair.effects.draws import Key
 
-KEY = Key(0, "demo", "facts", "replace-facts")
+KEY = Key(0, "facts", "replace-facts")
 
-PINNED_REPLACEMENTS = [5, 21, 9, 16, 10]
-PINNED_NORMAL = [-0.220962077, -0.317470729, -1.039870143]
+PINNED_REPLACEMENTS = [20, 18, 24, 0, 21]
+PINNED_NORMAL = [1.389887094, 0.69223100, 0.781929135]
 
 
 def test_a_value_is_what_it_is_in_any_process_and_version():
@@ -23,7 +23,7 @@ def test_a_value_is_what_it_is_in_any_process_and_version():
 def test_another_process_draws_the_same():
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]; from selfrepair.effects.draws import Key; "
-        "print(Key(0, 'demo', 'facts', 'replace-facts').replacements(7, 5, 25).tolist())"
+        "print(Key(0, 'facts', 'replace-facts').replacements(7, 5, 25).tolist())"
     )
     out = subprocess.run([sys.executable, "-c", code, *sys.path], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == str(KEY.replacements(7, 5, 25).tolist())
@@ -39,7 +39,7 @@ def test_order_and_neighbours_do_not_matter():
     assert np.array_equal(KEY.replacements(2, 4, 9), alone)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"model": "m"}, {"source": "s"}, {"ablation": "noise"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"source": "s"}, {"ablation": "noise"}])
 def test_every_part_of_the_key_counts(change):
     other = Key(**{**vars(KEY), **change})
     assert not np.array_equal(other.normal(7, 0, (8,)), KEY.normal(7, 0, (8,)))

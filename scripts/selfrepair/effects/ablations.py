@@ -83,9 +83,8 @@ class Zero(_WithoutReplacement):
 class Self(_WithoutReplacement):
     """The control: a contribution replaced by itself. Its effects are the run's noise floor.
 
-    In 16-bit precision each number is moved by about one unit in its last place: up, down or not at all. A replay
-    reproduces a 16-bit run bit by bit, because float32 sums in another order mostly round to the same 16 bits, so
-    replacing a contribution by exactly itself would report a noise floor of 0.
+    Each number is moved by about one unit in its last place: up, down or not at all. Some paths reproduce the clean
+    run bit by bit, so replacing a contribution by exactly itself would report a noise floor of 0.
     """
 
     key: Key
@@ -98,16 +97,19 @@ class Self(_WithoutReplacement):
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the clean contribution, to the precision it has."""
         own = run.contributions[site][prompts]
-        if own.dtype.itemsize == 2:
-            shape = tuple(own.shape[1:])
-            steps = [
-                self.key.generator("rounding", prompt).integers(-1, 2, shape, dtype=np.int8)
-                for prompt in run.prompts[prompts]
-            ]
-            step = torch.from_numpy(np.stack(steps)).to(own.device).float()
-            # Neighbouring numbers are eps/2 to eps apart, relative to the number.
-            own = (own.float() * (1 + 0.75 * torch.finfo(own.dtype).eps * step)).to(own.dtype)
-        return own[:, None].expand(-1, len(draws), -1, -1)
+        shape = tuple(own.shape[1:])
+        steps = [
+            self.key.generator("rounding", prompt).integers(-1, 2, shape, dtype=np.int8)
+            for prompt in run.prompts[prompts]
+        ]
+        moved = moved_by_rounding(own, torch.from_numpy(np.stack(steps)).to(own.device))
+        return moved[:, None].expand(-1, len(draws), -1, -1)
+
+
+def moved_by_rounding(x: Tensor, steps: Tensor) -> Tensor:  # same shape each
+    """Return x with every number moved by about `steps` (-1, 0 or 1) units in its last place."""
+    # Neighbouring numbers are eps/2 to eps apart, relative to the number.
+    return (x.double() * (1 + 0.75 * torch.finfo(x.dtype).eps * steps.double())).to(x.dtype)
 
 
 @dataclass
@@ -130,13 +132,13 @@ class Mean(_WithoutReplacement):
 
 @dataclass
 class Random(_WithoutReplacement):
-    """Normal noise with mean 0 and the standard deviation of the activations per dimension.
+    """Normal noise with mean 0 and the standard deviation of the activations per position and dimension.
 
     The noise of a (prompt, draw) is the same for every layer and component up to its scale.
     """
 
     key: Key
-    std: Values  # (d_model,) of each site
+    std: Values  # (P, d_model) of each site
 
     @classmethod
     def create(cls, inputs: Inputs) -> "Random":
@@ -161,7 +163,7 @@ class Random(_WithoutReplacement):
 class Gaussian(Random):
     """The same noise with the mean of the activations added, so that it could be a natural activation."""
 
-    mean: Values  # (d_model,) of each site
+    mean: Values  # (P, d_model) of each site
 
     @classmethod
     def create(cls, inputs: Inputs) -> "Gaussian":

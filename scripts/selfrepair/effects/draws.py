@@ -1,6 +1,7 @@
 """Random numbers keyed by what they are drawn for.
 
-The key of a draw is (seed, model, source, ablation, prompt, draw). Job order, batch size and sharding change nothing.
+The key of a draw is (seed, source, ablation, prompt, draw) and what is drawn. Job order, batch size and sharding change
+nothing, and models or training checkpoints with the same tokenizer get the same draws.
 One (prompt, draw) gets the same replacement prompt and the same noise at every layer and component, so comparisons
 across layers are paired.
 """
@@ -18,13 +19,12 @@ class Key:
     """The part of a key that all draws of one cell share."""
 
     seed: int
-    model: str
     source: str
     ablation: str
 
     def generator(self, purpose: str, *numbers: int) -> np.random.Generator:
         """Return the generator for one purpose and, for example, one prompt and draw."""
-        text = json.dumps([self.seed, self.model, self.source, self.ablation, purpose, *numbers])
+        text = json.dumps([self.seed, self.source, self.ablation, purpose, *numbers])
         entropy = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
         # Philox is counter-based: cheap to seed thousands of times, the same numbers on every platform.
         return np.random.Generator(np.random.Philox(key=entropy))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from selfrepair.effects import reference
+from selfrepair.effects.ablations import moved_by_rounding
 from selfrepair.effects.clean import CleanRun, clean_run
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, Effects, names
 from selfrepair.effects.engine import PATHS, ablate, restart_error
@@ -27,8 +28,13 @@ _CHANGES = tuple(
     name for name in names(EFFECT, PROFILE) if name != "delta_unembed"
 )  # 0 if nothing is ablated
 
-# Largest disagreement with the reference, relative to the size of the logits at stake, by model precision.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
+# Largest disagreement with the reference relative to the size of the logits, in wide precisions.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+# In 16-bit precision: the same in multiples of the noise floor, which is the largest effect of moving a contribution
+# by one unit in its last place. Engine and reference are two such roundings of the same run.
+NOISE_FLOORS = 4.0
+# Largest error of a layer's output if a run begins there, relative to what the layer adds.
+_RESTART_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Choice:
 
     path: str
     error: float  # largest absolute difference of any effect column, in logits
-    relative_error: float  # the same over the size of the logits at stake
+    tolerance: float  # largest difference allowed, in logits
     rejected: dict[str, str]
 
 
@@ -53,16 +59,16 @@ def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str) -> Choice
             rejected[path] = "the architecture's attention cannot be exchanged"
             continue
         try:
-            error, relative = expected.disagreement(path)
+            error = expected.disagreement(path)
         except Exception as reason:  # an architecture may fail in any way on a path it was not made for
             rejected[path] = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
             continue
-        if relative <= TOLERANCE[loaded.dtype]:
+        if error <= expected.tolerance:
             log.info("positions %s: path `%s`, within %.2g logits of full forwards", positions, path, error)
             for name, why in rejected.items():
                 log.info("  not `%s`: %s", name, why)
-            return Choice(path, error, relative, rejected)
-        rejected[path] = f"off by {error:.2g} logits from full forwards"
+            return Choice(path, error, expected.tolerance, rejected)
+        rejected[path] = f"off by {error:.2g} logits from full forwards ({expected.tolerance:.2g} allowed)"
     reasons = "; ".join(f"{path}: {why}" for path, why in rejected.items())
     raise InputError(
         f"no way of running ablations agrees with full forward passes ({reasons})",
@@ -125,9 +131,32 @@ class _Expected:
             self.cases.append((site, values, rows))
         self.prompts = prompts
         self.targets = [int(before.logits.argmax()) for before in clean]
+        logits = [getattr(row, name) for _, _, rows in self.cases for row in rows for name in names(LOGIT)]
+        size = max(1.0, float(torch.stack(logits).abs().max()))
+        self.tolerance = (
+            TOLERANCE[loaded.dtype] * size
+            if loaded.dtype in TOLERANCE
+            else NOISE_FLOORS * self._noise_floor(clean, generator)
+        )
 
-    def disagreement(self, path: str) -> tuple[float, float]:
-        """Return the largest absolute difference of any column, and the same relative to the logits at stake."""
+    def _noise_floor(self, clean: list[reference.ForwardPass], generator: torch.Generator) -> float:
+        """Return the largest effect, in logits, of moving a contribution by one unit in its last place."""
+        floor = 0.0
+        for site, _, _ in self.cases:
+            for ids, before, target in zip(self.prompts, clean, self.targets, strict=True):
+                own = before.contributions[site]
+                own = own if self.positions == "all" else own[-1:]
+                steps = torch.randint(-1, 2, own.shape, generator=generator).to(own.device)
+                value = moved_by_rounding(own, steps)
+                row = reference.effects(self.loaded, ids, site, value, target, before)
+                floor = max(floor, *(float(getattr(row, name).abs().max()) for name in _CHANGES))
+        return floor
+
+    def disagreement(self, path: str) -> float:
+        """Return the largest absolute difference of any effect or logit from the reference, in logits.
+
+        Raises InputError if the ledger is open, an effect is not finite, or a layer cannot be restarted.
+        """
         loaded = self.loaded
         runs = [
             clean_run(
@@ -142,18 +171,16 @@ class _Expected:
         ]
         if path != "full":
             self._check_restarts(runs[-1], path)
-        worst = worst_relative = 0.0
+        worst = 0.0
         for site, values, rows in self.cases:
             blocks = [
                 RowBlock(run, slice(0, 1), value[None]) for run, value in zip(runs, values, strict=True)
             ]
             groups = [blocks] if path == "rows" else [[block] for block in blocks]
             measured = [ablate(loaded, group, site, self.positions, path) for group in groups]
-            logits = torch.stack([getattr(row, name) for row in rows for name in names(LOGIT)])
-            stake = max(1.0, float(logits.abs().max()))
             # Engine and reference share the adapter: a wrong one may leave both open by the same amount.
             ledger = float(torch.cat([effects.ledger_error() for effects in measured]).max())
-            if not ledger <= TOLERANCE[loaded.dtype] * stake:
+            if not ledger <= self.tolerance:
                 raise InputError(f"the ledger is open by {ledger:.2g} logits ({site})")
             for column in names(EFFECT, LOGIT):
                 actual = torch.cat([getattr(effects, column) for effects in measured]).double().cpu()
@@ -161,8 +188,8 @@ class _Expected:
                 difference = float((actual - wanted).abs().max())
                 if not difference < float("inf"):  # also when it is not a number
                     raise InputError("effects are not finite")
-                worst, worst_relative = max(worst, difference), max(worst_relative, difference / stake)
-        return worst, worst_relative
+                worst = max(worst, difference)
+        return worst
 
     def _check_restarts(self, run: CleanRun, path: str) -> None:
         """Raise InputError unless every layer gives its clean output when a run begins there."""
@@ -170,5 +197,5 @@ class _Expected:
             own = run.contributions[Site(start - 1, MLP)][:, None]
             block = RowBlock(run, slice(0, 1), own.expand(-1, 2, -1, -1))
             error = restart_error(self.loaded, block, start, self.positions, path)
-            if not error <= TOLERANCE[self.loaded.dtype]:
+            if not error <= _RESTART_TOLERANCE[self.loaded.dtype]:
                 raise InputError(f"layer {start} reads more of the earlier layers than the residual stream")

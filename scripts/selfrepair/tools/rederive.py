@@ -41,7 +41,7 @@ class Values:
         """Return the value of one row of an effects table, residual multiplier included."""
         site = Site(row["layer"], row["component"])
         kind, source, prompt, draw = row["ablation"], row["source"], row["prompt"], row["draw"]
-        key = Key(seed or 0, row["model"], source, kind)
+        key = Key(seed or 0, source, kind)
         if kind == "noise":
             return self._noised(key, source, prompt, draw, site)
         own = self._contribution(source, prompt, site)
@@ -54,12 +54,8 @@ class Values:
         if kind.startswith("replace-"):
             return self._contribution(kind.removeprefix("replace-"), row["replacement"], site)
         if kind in ("random", "gaussian"):
-            pooled = torch.cat(
-                [
-                    self._contributions(dataset, site).reshape(-1, own.shape[-1])
-                    for dataset in self.experiment_prompts
-                ]
-            ).double()
+            stores = [self._contributions(dataset, site) for dataset in self.experiment_prompts]
+            pooled = torch.cat(stores).double()  # (stored prompt, P, d_model)
             noise = torch.from_numpy(key.normal(prompt, draw, tuple(own.shape))).to(own.device).double()
             value = noise * pooled.std(0, correction=0)
             return value + pooled.mean(0) if kind == "gaussian" else value
@@ -70,7 +66,7 @@ class Values:
         if not row["ablation"].startswith("replace-"):
             return None
         store = self.experiment_prompts[row["ablation"].removeprefix("replace-")].store
-        key = Key(seed or 0, row["model"], row["source"], row["ablation"])
+        key = Key(seed or 0, row["source"], row["ablation"])
         return store[key.replacements(row["prompt"], n_draws, len(store))[row["draw"]]]
 
     def _contribution(self, dataset: str, prompt: int, site: Site) -> Tensor:  # (P, d_model)
@@ -105,12 +101,10 @@ class Values:
 
 
 def _rounded(own: Tensor, key: Key, prompt: int) -> Tensor:
-    """Return the control's value: in 16-bit precision a unit in the last place up, down or neither."""
-    if own.dtype.itemsize != 2:
-        return own
+    """Return the control's value: every number moved by about a unit in its last place up, down or not at all."""
     step = key.generator("rounding", prompt).integers(-1, 2, tuple(own.shape), dtype=np.int8)
-    factor = 1 + 0.75 * torch.finfo(own.dtype).eps * torch.from_numpy(step).to(own.device).float()
-    return (own.float() * factor).to(own.dtype)
+    factor = 1 + 0.75 * torch.finfo(own.dtype).eps * torch.from_numpy(step).to(own.device).double()
+    return (own.double() * factor).to(own.dtype)
 
 
 def read_prompts(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Prompts:

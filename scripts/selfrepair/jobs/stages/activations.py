@@ -57,7 +57,12 @@ def run(job: Job, session: Session) -> None:
         "dataset": params["dataset"],
         "config": params,
         "inputs": cellstore.input_digests(job),
-        "engine": {"path": choice.path, "selftest_error": choice.error, "rejected": choice.rejected},
+        "engine": {
+            "path": choice.path,
+            "selftest_error": choice.error,
+            "tolerance": choice.tolerance,
+            "rejected": choice.rejected,
+        },
         **provenance.of(loaded),
     }
     answers = {row.id: row.answer for row in source}

@@ -73,7 +73,12 @@ def run(job: Job, session: Session) -> None:
         "config": params,
         "cell_key": job.runtime.get("cell_key"),
         "inputs": cellstore.input_digests(job),
-        "engine": {"path": choice.path, "selftest_error": choice.error, "rows": rows},
+        "engine": {
+            "path": choice.path,
+            "selftest_error": choice.error,
+            "tolerance": choice.tolerance,
+            "rows": rows,
+        },
         "seed": params["seed"],
         **provenance.of(loaded),
     }
@@ -85,7 +90,7 @@ def _inputs(job: Job, loaded: LoadedModel, rows: int) -> ablations.Inputs:
     """Read the files that the cell's ablation takes its values from."""
     params = job.params
     layer, positions = params["layer"], params["positions"]
-    key = Key(params["seed"] or 0, params["model"], params["source"], params["ablation"])
+    key = Key(params["seed"] or 0, params["source"], params["ablation"])
     inputs = ablations.Inputs(key, loaded, positions, params["draws"], rows)
     needed = kind(params["ablation"]).inputs
     if STD in needed:

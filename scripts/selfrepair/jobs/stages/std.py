@@ -1,8 +1,9 @@
 """Stage `std`: moments of the stored contributions over all data sets of an experiment.
 
 Input: `layers`, the activation files, data set by data set, layer by layer.
-Output `std`: safetensors with attn.mean, attn.std, mlp.mean, mlp.std [layers, d_model] float32 (population standard
-deviation over prompts, and tokens where positions are `all`) and count int64 [layers].
+Output `std`: safetensors with attn.mean, attn.std, mlp.mean, mlp.std [layers, position, d_model] float32, count int64
+[layers]. The population standard deviation is over prompts, position by position and never pooled over positions,
+because position 0 may be an attention sink. With positions `last` there is one position.
 Params: experiment, model, datasets, layers, code.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
-from selfrepair.planning.sites import COMPONENTS
+from selfrepair.planning.sites import ATTN, COMPONENTS
 from selfrepair.storage import tensors
 
 log = logging.getLogger("selfrepair")
@@ -27,12 +28,12 @@ class Moments:
     """Count, mean and summed squared deviations, joined chunk by chunk (Chan, Golub and LeVeque 1983)."""
 
     count: int
-    mean: Tensor  # (d_model,) float64
-    squares: Tensor  # (d_model,) float64
+    mean: Tensor  # (position, d_model) float64
+    squares: Tensor  # (position, d_model) float64
 
     @classmethod
-    def of(cls, values: Tensor) -> "Moments":  # (n, d_model)
-        """Moments of one chunk."""
+    def from_values(cls, values: Tensor) -> "Moments":  # (prompt, position, d_model)
+        """Return the moments of one chunk of prompts."""
         values = values.double()
         mean = values.mean(0)
         return cls(len(values), mean, (values - mean).square().sum(0))
@@ -45,8 +46,8 @@ class Moments:
         return Moments(count, mean, squares)
 
     @property
-    def std(self) -> Tensor:  # (d_model,)
-        """Population standard deviation."""
+    def std(self) -> Tensor:  # (position, d_model)
+        """Return the population standard deviation."""
         return (self.squares / self.count).sqrt()
 
 
@@ -58,11 +59,11 @@ def run(job: Job, session: Session) -> None:
     rows: dict[str, list[Tensor]] = {f"{c}.{m}": [] for c in COMPONENTS for m in ("mean", "std")}
     counts = []
     for layer in range(n_layers):
-        found = moments(files[number * n_layers + layer] for number in range(len(datasets)))
-        for component, moment in found.items():
+        layer_moments = moments(files[number * n_layers + layer] for number in range(len(datasets)))
+        for component, moment in layer_moments.items():
             rows[f"{component}.mean"].append(moment.mean.float())
             rows[f"{component}.std"].append(moment.std.float())
-        counts.append(found["attn"].count)
+        counts.append(layer_moments[ATTN].count)
     stacked = {name: torch.stack(values) for name, values in rows.items()}
     stacked["count"] = torch.tensor(counts, dtype=torch.int64)
     tensors.write(job.output["std"], stacked, {"config": job.params, "inputs": cellstore.input_digests(job)})
@@ -70,12 +71,12 @@ def run(job: Job, session: Session) -> None:
 
 
 def moments(files: Iterable[str]) -> dict[str, Moments]:
-    """Joint moments of several activation files, by component."""
+    """Return the joint moments of several activation files, by component."""
     total: dict[str, Moments] = {}
     for file in files:
         stored = tensors.read(file)
         for component in COMPONENTS:
-            values = stored[component]
-            found = Moments.of(values.reshape(-1, values.shape[-1]))
-            total[component] = total[component] + found if component in total else found
+            values = stored[component]  # (prompt(, position), d_model)
+            chunk = Moments.from_values(values.reshape(len(values), -1, values.shape[-1]))
+            total[component] = total[component] + chunk if component in total else chunk
     return total
