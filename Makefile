@@ -1,6 +1,6 @@
 # `make` sets up .venv/ and runs config.yaml to the reports; `make test` sets it up and runs the tests.
 # Both may be called again at any time: what is done is not done again. Options: `make SNAKEMAKE="-n"`.
-.PHONY: run test check estimate provenance verify prune test-cluster clean-venv
+.PHONY: run test check estimate provenance verify clean-results prune test-cluster clean-venv
 .DEFAULT_GOAL := run
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -46,6 +46,10 @@ verify: $(STAMP)
 bench: $(STAMP) $(PEERS)
 	PYTHONPATH=scripts:tests/support .venv-peers/bin/python tests/benchmark/compare.py $(BENCH)
 	PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/picture.py
+
+# Remove the cells and other files that earlier configurations left in the directories of the current experiments.
+clean-results: $(STAMP)
+	PYTHONPATH=scripts .venv/bin/python -m selfrepair.tools.clean --configfile $(CONFIG)
 
 # Drop finished cells that no file of results/ uses any more.
 prune: $(STAMP)

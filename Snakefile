@@ -6,6 +6,7 @@
 #     clean/{dataset}.parquet                           the clean run of the source prompts
 #     std.safetensors                                   moments of the activations over all data sets
 #     effects/source={source}/ablation={ablation}/layer={layer}.parquet     one cell
+#     manifest.parquet                                  the cells of the current configuration, with their digests
 #     numerics.parquet  summary/layers.parquet  summary/downstream.parquet
 #     figures/{figure}.{html,svg,png,parquet}
 #     report.html

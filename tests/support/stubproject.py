@@ -88,7 +88,7 @@ def run(job, session):
                 temporary.write_text(me)
 '''
 
-STAGES = ("tokens", "activations", "std", "effects", "summary", "figures", "report", "crossmodel")
+STAGES = ("tokens", "activations", "std", "effects", "manifest", "summary", "figures", "report", "crossmodel")
 
 CONFIG: dict[str, Any] = {
     "models": {"m": {"path": "model", "device": "cpu"}},

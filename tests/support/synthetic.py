@@ -309,6 +309,7 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
     }
     path = run.cell(source, ablation, layer)
     metadata = {**_metadata(plan), "source": source, "ablation": ablation, "layer": layer}
+    metadata["config"] |= {"model": plan.model, "source": source, "ablation": ablation, "layer": layer}
     tables.write(path, columns, EFFECTS, metadata)
     run.cells.append(path)
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import synthetic
 from selfrepair.jobs.job import Job
+from selfrepair.jobs.stages import manifest
 from selfrepair.jobs.stages import summary as stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,10 @@ def results(tmp_path_factory):
     for plan in (FACTS, DOMAINS):
         run = synthetic.write(root / "results", plan)
         stage.run(Job.from_json(run.summary_job()), None)
+        with contextlib.chdir(root):
+            cells = [str(path.relative_to(root)) for path in run.cells]
+            output = str(run.base.relative_to(root) / "manifest.parquet")
+            manifest.run(Job("manifest", {"cells": cells}, {"manifest": output}, {}), None)
     return root
 
 

@@ -15,7 +15,8 @@ from tinyproject import CONFIG, write_data
 
 Planned = dict[str, list[str]]
 ABLATIONS = ("zero", "mean", "random", "noise", "replace-b", "self")  # of experiment `last`
-AGGREGATES = ("summary", "figures", "report")
+AGGREGATES = ("manifest", "summary", "figures", "report")
+TABLES = ("summary", "figures", "report")  # what a change of the statistics touches
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ ALL_CELLS = [  # of experiment `all`
 
 def aggregates(*experiments: str, rules: tuple[str, ...] = AGGREGATES) -> Planned:
     """The jobs behind the cells."""
-    first = {"summary": "numerics.parquet", "report": "report.html"}
+    first = {"manifest": "manifest.parquet", "summary": "numerics.parquet", "report": "report.html"}
     first["figures"] = "figures/scatter-by-layer.html"
     found: Planned = {}
     for rule, experiment in itertools.product(rules, experiments):
@@ -197,7 +198,7 @@ def test_the_colour_of_a_figure_reruns_figures_and_reports(project: Project) -> 
 
 def test_statistics_rerun_no_cell(project: Project) -> None:
     add_logic(project, "analysis/statistics")
-    assert project.planned() == aggregates("all", "last")
+    assert project.planned() == aggregates("all", "last", rules=TABLES)
 
 
 def test_the_engine_reruns_cells_and_no_tokens(project: Project) -> None:
@@ -235,7 +236,7 @@ MISSING: dict[str, Planned] = {
         "effects": ["last/tiny/effects/source=a/ablation=zero/layer=1.parquet"],
         **aggregates("last"),
     },
-    "all/tiny/numerics.parquet": aggregates("all"),
+    "all/tiny/numerics.parquet": aggregates("all", rules=TABLES),
     "all/tiny/figures/ledger.svg": aggregates("all", rules=("figures", "report")),
 }
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from selfrepair.errors import InputError
 from selfrepair.jobs import lifeline
-from selfrepair.planning import grid, runlock, startup
+from selfrepair.planning import grid, runlock, startup, undeclared
 
 update_config(config, startup.parse_overrides(workflow.config_settings.config))
 PLAN = startup.load_plan(config, workflow.overwrite_configfiles or ["config.yaml"])
@@ -77,6 +77,8 @@ onstart:
         )
     except InputError as error:
         sys.exit(f"Error: {error}")
+    if text := undeclared.warning(PLAN, startup.clean_command(workflow.overwrite_configfiles)):
+        print(text, file=sys.stderr)
     for name in startup.fix_future_timestamps(PLAN.intermediates()):
         print(f"Warning: {name} was dated in the future; its date is now the present.", file=sys.stderr)
 

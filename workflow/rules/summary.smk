@@ -1,3 +1,18 @@
+rule manifest:
+    input:
+        cells=PLAN.cells_of,
+    output:
+        manifest=grid.manifest_path("{experiment}", "{model}"),
+    log:
+        grid.log_path("{experiment}", "{model}", "manifest"),
+    conda:
+        "../../envs/report.yaml"
+    params:
+        spec=PLAN.manifest,
+    script:
+        "../../scripts/manifest.py"
+
+
 rule summary:
     input:
         cells=PLAN.cells_of,

@@ -70,6 +70,7 @@ class Plan:
                 for dataset in experiment.datasets:
                     paths.append(grid.tokens_path(experiment.name, model, dataset))
                     paths.append(grid.clean_path(experiment.name, model, dataset))
+                paths.append(grid.manifest_path(experiment.name, model))
                 paths.append(grid.numerics_path(experiment.name, model))
                 paths += grid.summary_paths(experiment.name, model).values()
                 paths += self.figure_files(names, experiment.name, model)
@@ -251,6 +252,14 @@ class Plan:
             "seed": experiment.seed if drawn else None,
             "target": experiment.target,
             "code": self.code("effects"),
+        }
+
+    def manifest(self, wildcards: Wildcards) -> Spec:
+        """Return the parameters of the list of cells."""
+        return {
+            "experiment": wildcards.experiment,
+            "model": wildcards.model,
+            "code": self.code("manifest"),
         }
 
     def summary(self, wildcards: Wildcards) -> Spec:

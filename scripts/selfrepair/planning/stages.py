@@ -1,7 +1,13 @@
 """The stages of the workflow by name. A stage is one module of `selfrepair.jobs.stages` with `run(job, session)`."""
 
 MODEL_STAGES = ("tokens", "activations", "std", "effects")  # a warm worker runs these
-TABLE_STAGES = ("summary", "figures", "report", "crossmodel")  # these run in the job's own process
+TABLE_STAGES = (
+    "manifest",
+    "summary",
+    "figures",
+    "report",
+    "crossmodel",
+)  # these run in the job's own process
 
 
 def stage_module(stage: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -41,6 +42,11 @@ def parse_overrides(value: Any) -> Any:
     if isinstance(value, list):
         return [parse_overrides(inner) for inner in value]
     return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def clean_command(files: Iterable[str | Path]) -> str:
+    """Return the command that removes the cells of earlier configurations, for a run with these `--configfile`s."""
+    return " ".join(["make clean-results", *(f"CONFIG={shlex.quote(str(file))}" for file in files)])
 
 
 def fix_future_timestamps(files: Iterable[str | os.PathLike[str]]) -> list[str]:

@@ -42,3 +42,15 @@ CLEAN = pa.schema(
         ("readout_error", pa.float32()),  # clean_logit against the model's own centred logit, in logits
     ]
 )
+
+MANIFEST = pa.schema(
+    [
+        ("experiment", _NAME),
+        ("model", _NAME),
+        ("source", _NAME),
+        ("ablation", _NAME),
+        ("layer", pa.int16()),
+        ("path", pa.string()),  # relative to the directory of the run
+        ("content_sha256", pa.string()),  # the digest in the cell's metadata
+    ]
+)

@@ -63,14 +63,31 @@ class Difference:
 
 
 def cells_below(paths: Iterable[Path]) -> list[Path]:
-    """The effects files that `paths` are or hold, sorted. Raises InputError for a path that is not there."""
-    found: set[Path] = set()
+    """Return the cells that `paths` are or contain, sorted. Cells that no manifest lists are left out of directories.
+
+    Raises InputError for a path that does not exist.
+    """
+    cells: set[Path] = set()
     for path in paths:
         if not path.exists():
             remedy = "name a cell or a directory with cells, or run the workflow first."
             raise InputError("there is no such file or directory", where=str(path), remedy=remedy)
-        found.update(path.rglob("ablation=*/layer=*.parquet") if path.is_dir() else [path])
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.parts[:-1]))
+        cells.update(_declared(path.rglob("ablation=*/layer=*.parquet")) if path.is_dir() else [path])
+    return sorted(path for path in cells if not any(part.startswith(".") for part in path.parts[:-1]))
+
+
+def _declared(cells: Iterable[Path]) -> Iterator[Path]:
+    """Yield the cells that the manifest of their experiment and model lists, or all cells if there is no manifest."""
+    listed: dict[Path, set[tuple[str, ...]] | None] = {}
+    for cell in cells:
+        base = cell.parents[3]  # .../effects/source=/ablation=/layer=
+        if base not in listed:
+            manifest = base / "manifest.parquet"
+            names = tables.read(manifest, ["path"])["path"].to_pylist() if manifest.is_file() else None
+            listed[base] = None if names is None else {Path(name).parts[-4:] for name in names}
+        names_here = listed[base]
+        if names_here is None or cell.parts[-4:] in names_here:
+            yield cell
 
 
 def choose(cells: Sequence[Path], rows: int, seed: int) -> Iterator[Chosen]:

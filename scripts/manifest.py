@@ -1,0 +1,15 @@
+"""List the cells of an experiment and model with their digests."""
+
+from selfrepair.jobs.job import Job
+from selfrepair.jobs.submit import submit
+
+submit(
+    Job(
+        stage="manifest",
+        input={"cells": list(snakemake.input.cells)},
+        output={"manifest": snakemake.output.manifest},
+        params=snakemake.params.spec,
+        runtime={},
+        log=snakemake.log[0],
+    )
+)
