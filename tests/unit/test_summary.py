@@ -611,7 +611,7 @@ def test_cells_are_read_by_component_prompt_and_draw_whatever_their_order(run, c
     after = read_cell(path)
     for row in pq.read_table(path, partitioning=None).to_pylist():
         at = (
-            after.components.index(row["component"]),
+            after.ablated.index((row["component"], None)),
             int(np.flatnonzero(after.prompts == row["prompt"])[0]),
             row["draw"],
         )
@@ -619,3 +619,30 @@ def test_cells_are_read_by_component_prompt_and_draw_whatever_their_order(run, c
         assert after.downstream[at].tolist() == [row["downstream_attn"], row["downstream_mlp"]]
         assert after.correct[at[1]] == row["correct"]
     assert np.array_equal(before.downstream, after.downstream)
+
+
+def test_heads_are_contributions_of_their_own(copy, summary):
+    """The rows of attention, relabelled as heads 2 and 10, give the same numbers under the new keys."""
+
+    def relabelled(columns):
+        for name, values in columns.items():
+            keep = [value for value, c in zip(values, list(columns["component"]), strict=True) if c == "attn"]
+            columns[name] = keep * 2 if name != "component" else values
+        n = len(columns["prompt"]) // 2
+        columns["component"] = ["head"] * (2 * n)
+        columns["head"] = [2] * n + [10] * n
+
+    for path in copy.cells:
+        spoil(path, relabelled)
+    layers, downstream, _ = summarise(copy)
+    verdicts = pl.read_parquet(copy.base / "summary/verdicts.parquet")
+    assert verdicts["head"].to_list() == [2, 10] * 32 and set(verdicts["component"]) == {"head"}
+    before = summary[0].filter(component="attn").drop("component", "head")
+    for head in (2, 10):
+        assert layers.filter(head=head).drop("component", "head").equals(before)
+        assert downstream.filter(head=head)["mean_change"].equals(
+            summary[1].filter(component="attn")["mean_change"]
+        )
+    cell = read_cell(copy.cell("facts", "zero", 1))
+    assert cell.ablated == (("head", 2), ("head", 10))
+    assert "component=head head=10 prompt=" in cell.row_name(1, 0, 0)

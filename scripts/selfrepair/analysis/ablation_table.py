@@ -84,8 +84,8 @@ class _Total:
         self._count = 0
 
     def add(self, row: Contribution) -> None:
-        said, drop = row.unembed.mean(), row.drop.mean()
-        self.less[row.keys["layer"]] = bool(np.sign(said) * drop < abs(said))
+        direct, drop = row.unembed.mean(), row.drop.mean()
+        self.less[row.keys["layer"]] = bool(np.sign(direct) * drop < abs(direct))
         self._drop = self._drop + row.drop
         self._count += 1
 

@@ -83,10 +83,10 @@ def audit_row(cell: Cell, row: Contribution, *, parallel: bool) -> Row:
 
     The key `noise_floor_max` is not a column: the largest |delta_ablate|, for the control.
     """
-    index = cell.index(row.keys["component"], row.keys["head"])
+    index = cell.ablated.index((row.keys["component"], row.keys["head"]))
     error = abs(row.drop - row.loss + row.repair + row.norm)
     worst = np.unravel_index(error.argmax(), error.shape)
-    said = row.unembed.mean()
+    direct = row.unembed.mean()
     return row.keys | {
         "rows": row.drop.size,
         "effect_rms": float(np.sqrt(np.square(row.drop).mean())),
@@ -96,8 +96,8 @@ def audit_row(cell: Cell, row: Contribution, *, parallel: bool) -> Row:
         "downstream_error_max": _downstream_error(cell, index, row, parallel=parallel),
         "norm_ratio_median": _median(row.norm_ratio),
         "cosine_median": _median(row.cosine),
-        "unembed_mean": float(said),
-        "replacement_share": float((row.unembed - row.loss).mean() / said) if said else np.nan,
+        "unembed_mean": float(direct),
+        "replacement_share": float((row.unembed - row.loss).mean() / direct) if direct else np.nan,
     }
 
 
@@ -105,7 +105,7 @@ def _downstream_error(cell: Cell, index: int, row: Contribution, *, parallel: bo
     changes = cell.downstream[index]  # (prompt, draw, 2, layer)
     sums = changes.sum(-1, dtype=np.float64)
     errors = [abs(sums[..., 0] - row.repair_attn).max(), abs(sums[..., 1] - row.repair_mlp).max()]
-    component = cell.components[index]
+    component, _ = cell.ablated[index]
     upstream = ~downstream_mask(cell.layer, component, changes.shape[-1], parallel=parallel)
     if upstream.any():
         errors.append(abs(changes[:, :, upstream]).max())

@@ -1,4 +1,4 @@
-"""Reading finished cells back: verified, complete, finite, as arrays by component, prompt and draw."""
+"""Read finished cells: verified, complete, finite, as arrays by ablated contribution, prompt and draw."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from selfrepair.effects import columns
 from selfrepair.errors import DamagedFileError, InputError
-from selfrepair.planning.sites import COMPONENTS, Site, is_downstream
+from selfrepair.planning.sites import ATTN, COMPONENTS, Site, is_downstream
 from selfrepair.storage import schemas, tables
 
 Floats = NDArray[np.float32]
@@ -18,12 +18,14 @@ CONTROL = "self"  # a contribution replaced by itself: the noise floor, not an a
 # Columns that are read as arrays. All must be finite, except the nullable ones: null is NaN there.
 VALUES = columns.names(columns.EFFECT, columns.DIAGNOSTIC)
 FLOATS = (*VALUES, *columns.names(columns.LOGIT))
+HEAD = "head"  # component of the rows that ablate one attention head
 _KEYS = ("experiment", "model", "source", "ablation")
+_HEADS = 1 << 20  # more than any layer has
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One effects file: every prompt and draw of one ablation of one layer."""
+    """One effects file: every prompt and draw of one ablation of one layer, as arrays in a fixed order."""
 
     path: str
     experiment: str
@@ -31,38 +33,30 @@ class Cell:
     source: str
     ablation: str
     layer: int
-    components: tuple[str, ...]  # sorted
+    ablated: tuple[tuple[str, int | None], ...]  # component and head of each ablated contribution, sorted
     prompts: NDArray[np.int32]  # (prompt,) ids, ascending
     draws: NDArray[np.int16]  # (draw,) ascending
-    values: dict[str, Floats]  # per column of VALUES: (component, prompt, draw)
+    values: dict[str, Floats]  # per column of VALUES: (ablated, prompt, draw)
     replacement: (
         NDArray[np.int32] | None
-    )  # (component, prompt, draw) ids; None where nothing is drawn from a store
-    downstream: Floats  # (component, prompt, draw, 2 = attention and MLP, layer)
+    )  # (ablated, prompt, draw) ids of replacement prompts; None: none is drawn
+    downstream: Floats  # (ablated, prompt, draw, 2 = attention and MLP, layer)
     correct: NDArray[np.bool_] | None  # (prompt,)
 
-    @property
-    def key(self) -> tuple[str, str, int]:
-        """What tells this cell from the others of its experiment and model."""
-        return self.source, self.ablation, self.layer
-
-    def index(self, component: str, head: int | None) -> int:
-        """Return the position of an ablated contribution in the arrays."""
-        return self.components.index(component)
-
-    def row_name(self, component: int, prompt: int, draw: int) -> str:
+    def row_name(self, ablated: int, prompt: int, draw: int) -> str:
         """Return a readable name of one row, given by its positions in the arrays."""
+        component, head = self.ablated[ablated]
         return (
-            f"ablation={self.ablation} layer={self.layer} component={self.components[component]} "
-            f"prompt={self.prompts[prompt]} draw={self.draws[draw]}"
+            f"ablation={self.ablation} layer={self.layer} component={component} "
+            f"{'' if head is None else f'head={head} '}prompt={self.prompts[prompt]} draw={self.draws[draw]}"
         )
 
 
 def read_cell(path: str | os.PathLike[str]) -> Cell:
-    """Read one effects file and check all that can be checked without the others.
+    """Read one effects file and run every check that needs no other file.
 
-    Raises DamagedFileError where the contents are not what was written or not a whole cell, InputError where
-    the file is missing or an effect is NaN or infinite (named by its row).
+    Raises DamagedFileError if the contents are not what was written or are not a whole cell, and InputError if the file
+    is missing or an effect is NaN or infinite (the message names the row).
     """
     table = _verified(path, columns.EFFECTS)
     if not len(table):
@@ -73,13 +67,14 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
     keys = {name: _only(path, name, table[name].cast(pa.string())) for name in _KEYS}
     layer = int(_only(path, "layer", table["layer"]))
     component = np.asarray(table["component"].cast(pa.string()).to_pylist())
+    head = pc.fill_null(table["head"], -1).to_numpy().astype(np.int64)
     prompt, draw = table["prompt"].to_numpy(), table["draw"].to_numpy()
 
     floats = {name: table[name].to_numpy() for name in FLOATS}
     lists = {name: _matrix(path, name, table[name]) for name in ("downstream_attn", "downstream_mlp")}
     for name, values in (floats | lists).items():
-        allowed = columns.COLUMNS[name].nullable
-        finite = (~np.isinf(values) if allowed else np.isfinite(values)).reshape(len(values), -1).all(1)
+        nullable = columns.COLUMNS[name].nullable
+        finite = (~np.isinf(values) if nullable else np.isfinite(values)).reshape(len(values), -1).all(1)
         if not finite.all():
             row = int(np.argmin(finite))
             raise InputError(
@@ -90,20 +85,26 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
                 f"{keys['model']!r} in the configuration, or look at this prompt.",
             )
 
-    components, prompts, draws = (np.unique(values) for values in (component, prompt, draw))
-    shape = len(components), len(prompts), len(draws)
-    order = np.lexsort((draw, prompt, component))
-    places = [np.searchsorted(*pair) for pair in ((components, component), (prompts, prompt), (draws, draw))]
-    where = np.ravel_multi_index(places, shape)[order]
-    if not np.array_equal(where, np.arange(np.prod(shape))):
+    components, component_index = np.unique(component, return_inverse=True)
+    codes, ablated_index = np.unique(component_index * _HEADS + head + 1, return_inverse=True)
+    prompts, prompt_index = np.unique(prompt, return_inverse=True)
+    draws, draw_index = np.unique(draw, return_inverse=True)
+    shape = len(codes), len(prompts), len(draws)
+    order = np.lexsort((draw_index, prompt_index, ablated_index))
+    positions = np.ravel_multi_index((ablated_index, prompt_index, draw_index), shape)[order]
+    if not np.array_equal(positions, np.arange(np.prod(shape))):
         raise _damaged(
             path, f"{len(table)} rows are not {shape[0]} components x {shape[1]} prompts x {shape[2]} draws"
         )
+    heads = [int(code % _HEADS) - 1 for code in codes]
     return Cell(
         str(path),
         **keys,
         layer=layer,
-        components=tuple(map(str, components)),
+        ablated=tuple(
+            (str(components[code // _HEADS]), None if number < 0 else number)
+            for code, number in zip(codes, heads, strict=True)
+        ),
         prompts=prompts,
         draws=draws,
         values={name: floats[name][order].reshape(shape) for name in VALUES},
@@ -114,7 +115,7 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
 
 
 def read_clean(path: str | os.PathLike[str]) -> pa.Table:
-    """Read one clean table, verified; its numbers must be finite and its rows of one source."""
+    """Read one clean table of one source and verify it. Raises InputError if a number is not finite."""
     table = _verified(path, schemas.CLEAN)
     if not len(table):
         raise _damaged(path, "it has no rows")
@@ -134,7 +135,7 @@ def read_clean(path: str | os.PathLike[str]) -> pa.Table:
 
 def downstream_mask(layer: int, component: str, layers: int, *, parallel: bool) -> NDArray[np.bool_]:
     """Return which contributions lie downstream of an ablated one, (2 = attention and MLP, layer)."""
-    ablated = Site(layer, component)
+    ablated = Site(layer, ATTN if component == HEAD else component)
     return np.array(
         [
             [is_downstream(Site(other, half), ablated, parallel=parallel) for other in range(layers)]
@@ -150,7 +151,7 @@ def _verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
         raise InputError(
             "a file of results/ is missing",
             where=str(path),
-            remedy="run the same command again: what is missing is computed.",
+            remedy="run the same command again: it computes missing files.",
         ) from error
     if table.schema.names != schema.names:
         differing = sorted(set(table.schema.names) ^ set(schema.names))
@@ -159,7 +160,7 @@ def _verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> DamagedFileError:
-    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed anew."
+    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
     return DamagedFileError(what, where=str(path), remedy=remedy)
 
 
@@ -171,7 +172,7 @@ def _only(path: str | os.PathLike[str], name: str, column: pa.ChunkedArray) -> s
 
 
 def _matrix(path: str | os.PathLike[str], name: str, column: pa.ChunkedArray) -> Floats:
-    """A column of lists of one length as (row, layer)."""
+    """Return a column of lists of one length as an array (row, layer)."""
     lengths = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(lengths) != 1 or not lengths[0]:
         raise _damaged(path, f"the lists of {name} should have one entry per layer, and have {lengths[:5]}")

@@ -75,7 +75,7 @@ def contributions(
 ) -> Iterator[Contribution]:
     """Yield the contributions that `cell` ablates. `parallel`: the layer's MLP does not read its attention."""
     prompts, draws = len(cell.prompts), len(cell.draws)
-    for index, component in enumerate(cell.components):
+    for index, (component, head) in enumerate(cell.ablated):
         mask = downstream_mask(cell.layer, component, cell.downstream.shape[-1], parallel=parallel)
         values = {name: column[index].astype(np.float64) for name, column in cell.values.items()}
         replacement = None if cell.replacement is None else cell.replacement[index]
@@ -87,7 +87,7 @@ def contributions(
                 "ablation": cell.ablation,
                 "layer": cell.layer,
                 "component": component,
-                "head": None,
+                "head": head,
             },
             design=Design(prompts, draws, replacement),
             unembed=values["delta_unembed"],

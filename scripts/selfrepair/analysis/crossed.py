@@ -84,7 +84,7 @@ class Design:
         """Return the replacement and the row variance of `values` (prompt, draw, column), one per column.
 
         The moments of Gao and Owen: sums of squares within prompts, within replacements, and in total. With a single
-        draw the row variance cannot be told from the prompt variance and is NaN. Negative estimates become 0.
+        draw the row variance cannot be separated from the prompt variance and is NaN. Negative estimates become 0.
         """
         n, draws, total = self.prompts, self.draws, self.rows
         within_prompts = np.square(values - values.mean(1, keepdims=True)).sum((0, 1))

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfrepair.analysis.contribution import Contribution
+from selfrepair.analysis.thresholds import SILENT
 
 Array = NDArray[np.float64]
 KINDS = ("attenuated", "woken", "propagated")
@@ -16,14 +17,14 @@ def kinds(row: Contribution) -> dict[str, Array]:
     towards its clean value. With the site's clean direct effect u and its change du, both aligned:
 
     - `attenuated`: u < 0 and du > 0. The site worked against the ablated contribution and now does so less.
-    - `woken`: u >= 0 and du > 0.
+    - `woken`: u >= 0 and du > 0. A u of rounding errors counts as 0.
     - `propagated`: du < 0.
 
     Every change has exactly one kind and is 0 in the others; the three sum to the aligned change.
     """
     sign = np.sign(row.loss)[:, :, None]
     change = sign * row.changes
-    against = sign * row.clean[:, None, :] < 0
+    against = sign * row.clean[:, None, :] < -SILENT
     gain = np.maximum(change, 0.0)
     return {
         "attenuated": np.where(against, gain, 0.0),

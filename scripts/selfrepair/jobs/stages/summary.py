@@ -59,7 +59,8 @@ def run(job: Job, session: object) -> None:
             rows["layers"] += layers.layer_rows(row, source.subsets)
             rows["estimates"].append(verdicts.estimate(row, source.bootstrap))
             downstream.append(downstream_table(row))
-            source.totals.add(row)
+            if row.keys["head"] is None:
+                source.totals.add(row)
             if cell.ablation == f"replace-{cell.source}":
                 stored_mean_errors[floor_key(row.keys)] = layers.stored_mean_errors(row)
 
@@ -131,7 +132,7 @@ class _Source:
         self.bootstrap = self.subsets["all"][1]
         self.totals = AblationTotals()
         self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path
-        self.components: tuple[str, ...] | None = None
+        self.ablated: tuple[tuple[str, int | None], ...] | None = None
 
     def _subsets(self, seed: int) -> dict[str, tuple[NDArray[np.intp], Bootstrap]]:
         places = {"all": np.arange(len(self.prompts))}
@@ -161,9 +162,9 @@ class _Source:
             )
         if not _same(cell.correct, self.correct):
             raise _foreign(cell.path, f"its `correct` is not that of {self.path}")
-        self.components = self.components or cell.components
-        if cell.components != self.components:
-            raise _foreign(cell.path, f"has components {cell.components}, other cells {self.components}")
+        self.ablated = self.ablated or cell.ablated
+        if cell.ablated != self.ablated:
+            raise _foreign(cell.path, f"has components {cell.ablated}, other cells {self.ablated}")
 
     def check_complete(self) -> None:
         """Every ablation must have the same layers, and the control must be among them."""
@@ -193,7 +194,7 @@ def _shared(facts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _foreign(path: str | Path, what: str) -> InputError:
-    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed anew."
+    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
     return InputError(what, where=str(path), remedy=remedy)
 
 
