@@ -1,35 +1,57 @@
-"""Which figures an experiment has. Imported by the workflow: standard library only."""
+"""The list of figures: name, section of the report, and title. Imported by the workflow: standard library only.
+
+`selfrepair.report.figures.<name, with underscores>` draws the figure and declares its caption and reading.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-ALWAYS = (
-    "scatter-by-layer",
-    "impact-by-layer",
-    "impact-before-after",
-    "scatter-all-layers",
-    "correlation-by-layer",
-    "compensation-scatter",
-    "compensation-slopes",
-    "compensation-split",
-    "downstream-heatmap",
-    "ledger",
-    "noise-floor",
-)
-SUBSTITUTION = "substitution-matrix"
 FORMATS = ("html", "svg", "png", "parquet")
 
 
-def names(positions: str, n_datasets: int, ablations: Sequence[str]) -> list[str]:
-    """The figures of an experiment, in the order of the report.
+@dataclass(frozen=True)
+class FigureEntry:
+    """One figure of the report."""
 
-    `ablations` are the expanded names (`replace-python`, not `replace`). Which data set's activations can
-    stand in for which is a question only where there are two data sets and a replacement between them.
-    `positions` is taken for the sake of figures to come: today every figure reads the last position.
+    name: str
+    section: str  # id of a section of report.html
+    title: str
+    compares_datasets: bool = False  # drawn only if there are two data sets and a replacement between them
+
+
+FIGURES = (
+    FigureEntry("restoration-by-layer", "repaired", "How much of each contribution's direct effect comes back"),
+    FigureEntry("ledger", "repaired", "Where the logit drop comes from"),
+    FigureEntry("impact-by-layer", "matters", "What each contribution says and what its ablation costs"),
+    FigureEntry("scatter-by-layer", "matters", "Logit drop against Δunembed, layer by layer"),
+    FigureEntry("scatter-all-layers", "matters", "Logit drop against Δunembed, all layers"),
+    FigureEntry("correlation-by-layer", "matters", "How well Δunembed predicts the logit drop"),
+    FigureEntry("taxonomy", "who", "What later contributions do: attenuated, woken, propagated"),
+    FigureEntry("compensation-split", "who", "Repair by attention and by MLPs"),
+    FigureEntry("downstream-heatmap", "who", "Which contributions change when one is ablated"),
+    FigureEntry("compensation-scatter", "dose", "Repair against direct loss"),
+    FigureEntry("compensation-slopes", "dose", "Slope of repair on direct loss"),
+    FigureEntry("ablations-compared", "ablations", "Does the verdict depend on the ablation?"),
+    FigureEntry(
+        "substitution-matrix", "ablations", "Which data set's activations can stand in for which", True
+    ),
+    FigureEntry("impact-before-after", "prompts", "Direct effects before and after one ablation"),
+    FigureEntry("noise-floor", "trust", "Effect size against the noise floor"),
+)
+
+
+def names(n_datasets: int, ablations: Sequence[str]) -> list[str]:
+    """Return the names of an experiment's figures in the order of the report.
+
+    `ablations` are the expanded names (`replace-python`, not `replace`).
     """
-    replaced = any(name.startswith("replace") for name in ablations)
-    return [*ALWAYS, SUBSTITUTION] if n_datasets > 1 and replaced else list(ALWAYS)
+    compares = n_datasets > 1 and any(name.startswith("replace") for name in ablations)
+    return [entry.name for entry in FIGURES if compares or not entry.compares_datasets]
 
 
-def files(names: Sequence[str]) -> list[str]:
-    """File names below `figures/`: every figure in every format."""
-    return [f"{name}.{kind}" for name in names for kind in FORMATS]
+def entry(name: str) -> FigureEntry:
+    """Return the entry of the figure `name`. Raises ValueError for an unknown name."""
+    for known in FIGURES:
+        if known.name == name:
+            return known
+    raise ValueError(f"no figure {name!r}; known figures: {', '.join(known.name for known in FIGURES)}")

@@ -1,26 +1,24 @@
-"""Building blocks of a page: sortable tables, embedded figures, links, and the template."""
+"""Building blocks of a page: sortable tables, embedded figures and links."""
 
 import base64
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from markupsafe import Markup
 
 from selfrepair.report.figures import figure
 from selfrepair.report.figures.wording import number
 
-TEMPLATES = Path(__file__).with_name("templates")
-LARGEST_SVG = 250_000  # bytes; a larger drawing stands in the page as PNG
+LARGEST_SVG = 120_000  # bytes; a larger drawing is embedded as PNG
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: what is shown, and the value to sort by."""
+    """A cell of a table: its text, and the value to sort by."""
 
     text: str
     key: float | str | None = None
@@ -29,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that a reader can sort by any column."""
+    """A table that the reader can sort by any column."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -43,26 +41,27 @@ class Picture:
     name: str
     title: str
     caption: str
+    reading: str
+    shows: str  # the choices behind the static picture
     alt: str
     payload: Markup  # JSON for the script that draws it
     still: str  # data: address of the static picture
-    data: str  # relative address of the Parquet, if it has one of its own
-    readings: Sequence[str] = field(default=())
+    data: str = ""  # relative address of the Parquet file, if there is one
 
 
 def cell(value: Any) -> Cell:
-    """A cell of a number, a text or nothing."""
+    """Return a cell for a number, a text or None."""
     if isinstance(value, bool):
         return Cell("yes" if value else "no", float(value))
     if isinstance(value, int):
         return Cell(f"{value:,}", float(value), numeric=True)
     if isinstance(value, float) or value is None:
-        return Cell("–" if value is None else number(value), value, numeric=True)
+        return Cell(number(value), value, numeric=True)
     return Cell(str(value), str(value))
 
 
 def interval_cell(middle: float | None, low: float | None, high: float | None, sign: int = 1) -> Cell:
-    """`0.70 [0.65, 0.75]`, sorted by the middle."""
+    """Return a cell `0.70 [0.65, 0.75]`, sorted by its middle."""
     if middle is None:
         return Cell("–", None, numeric=True)
     text = number(sign * middle)
@@ -72,31 +71,27 @@ def interval_cell(middle: float | None, low: float | None, high: float | None, s
     return Cell(text, sign * middle, numeric=True)
 
 
-def pictures(files: Sequence[str], readings: Mapping[str, Sequence[str]], page: str) -> dict[str, Picture]:
-    """Figures by name, from the files that the figures stage wrote. Raises DamagedFileError."""
-    found = {}
-    for name, formats in figure.group(files).items():
-        payload = figure.payload_of(formats["html"])
-        found[name] = Picture(
-            name=name,
-            title=payload["title"],
-            caption=payload["caption"],
-            alt=payload["alt"],
-            payload=script(payload),
-            still=still(formats),
-            data=relative(formats["parquet"], page),
-            readings=readings.get(name, ()),
-        )
-    return found
+def pictures(files: Sequence[str], page: str) -> dict[str, Picture]:
+    """Return figures by name, from the files that the figures stage wrote. Raises DamagedFileError."""
+    return {
+        name: picture(figure.payload_of(formats["html"]), still(formats), relative(formats["parquet"], page))
+        for name, formats in figure.group(files).items()
+    }
+
+
+def picture(payload: Mapping[str, Any], image: str, data: str = "") -> Picture:
+    """Return a figure from its payload, its static picture (a data: address) and the address of its data."""
+    texts = {name: payload[name] for name in ("name", "title", "caption", "reading", "shows", "alt")}
+    return Picture(**texts, payload=script(payload), still=image, data=data)
 
 
 def script(payload: Any) -> Markup:
-    """JSON for a <script> element; nothing in it can end the element."""
+    """Return JSON for a <script> element; no text in it can end the element."""
     return Markup(figure.script_json(payload))
 
 
 def still(formats: Mapping[str, str]) -> str:
-    """The static picture as data: address, SVG unless it is large. An image runs no script."""
+    """Return the static picture as a data: address, SVG unless it is large. An image runs no script."""
     path, kind = Path(formats["svg"]), "image/svg+xml"
     if path.stat().st_size > LARGEST_SVG:
         path, kind = Path(formats["png"]), "image/png"
@@ -104,17 +99,17 @@ def still(formats: Mapping[str, str]) -> str:
 
 
 def data_address(content: bytes, kind: str) -> str:
-    """`content` as data: address."""
+    """Return `content` as a data: address."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def relative(path: str, page: str) -> str:
-    """Address of a file as seen from the page."""
+    """Return the address of a file relative to the page."""
     return quote(os.path.relpath(path, os.path.dirname(page) or "."))
 
 
 def settings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A configuration as pairs of key and text; nested keys joined with dots."""
+    """Return a configuration as pairs of key and text; nested keys are joined with dots."""
     pairs: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -124,22 +119,3 @@ def settings(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         elif value is not None:
             pairs.append((key, str(value)))
     return pairs
-
-
-def render(template: str, **context: Any) -> str:
-    """A whole page. Everything that is no Markup is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    assets = {
-        "bundle": Markup(figure.bundle()),
-        "figure_css": Markup((figure.PAGE / "figure.css").read_text("utf-8")),
-        "figure_js": Markup((figure.PAGE / "figure.js").read_text("utf-8")),
-        "report_css": Markup((TEMPLATES / "report.css").read_text("utf-8")),
-        "report_js": Markup((TEMPLATES / "report.js").read_text("utf-8")),
-    }
-    return environment.get_template(template).render(**assets, **context)

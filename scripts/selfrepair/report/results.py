@@ -1,55 +1,84 @@
-"""What a report speaks about: the summaries, and what each data set's prompts did under each ablation."""
+"""The tables that the report states: verdicts, summaries, audit, clean runs, and each source's default ablation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
-from selfrepair.report.figures.frames import default_ablation, order_ablations, table, without_control
+from selfrepair.analysis.verdicts import NOT_REPAIRABLE
+from selfrepair.report.figures.frames import CELL, default_ablation, order_ablations, table, without_control
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Results:
-    """Tables of one experiment and model. Logits throughout; changes are ablated minus clean."""
+    """Tables of one experiment and model, without the control. Logits; changes are ablated minus clean."""
 
+    verdicts: pl.DataFrame  # summary/verdicts.parquet joined with mean `drop` and `delta_unembed`, with bounds
     layers: pl.DataFrame  # summary/layers.parquet, all prompts
-    downstream: pl.DataFrame
+    downstream: pl.DataFrame  # summary/downstream.parquet
     numerics: pl.DataFrame
     clean: pl.DataFrame  # one row per source prompt
-    points: pl.DataFrame  # the data of `scatter-by-layer`: drop of every prompt, mean over draws
     sources: tuple[str, ...]
     ablations: tuple[str, ...]
-    components: tuple[str, ...]
 
     def default_ablation(self, source: str) -> str:
-        """The ablation that readings speak about."""
+        """The ablation that sentences speak about."""
         return default_ablation(self.ablations, source)
 
-    def cells(self, source: str, component: str | None = None, ablation: str | None = None) -> pl.DataFrame:
-        """Rows of `layers` by layer: of a source, one ablation (the default one) and perhaps one component."""
-        ablation = ablation or self.default_ablation(source)
-        rows = self.layers.filter((pl.col("source") == source) & (pl.col("ablation") == ablation))
-        rows = rows if component is None else rows.filter(pl.col("component") == component)
-        return rows.sort("layer", "component")
+    def defaults(self, source: str | None = None) -> list[Row]:
+        """Verdict rows of every source (or one) under its default ablation, by layer and component."""
+        sources = self.sources if source is None else (source,)
+        parts = [
+            self.verdicts.filter((pl.col("source") == name) & (pl.col("ablation") == self.default_ablation(name)))
+            for name in sources
+        ]
+        return pl.concat(parts).to_dicts()
 
-    def has_downstream(self, source: str, component: str, layer: int) -> bool:
-        """Whether anything lies downstream of a contribution, so that something could repair."""
-        here = (pl.col("source") == source) & (pl.col("component") == component) & (pl.col("layer") == layer)
-        return self.downstream.filter(here).height > 0
+    def repairable(self, source: str | None = None, suffix: str = "") -> list[Row]:
+        """The rows of `defaults` that have something to repair, in the reading with this column suffix."""
+        return [row for row in self.defaults(source) if row[f"class{suffix}"] not in NOT_REPAIRABLE]
 
 
-def read(layers: str, downstream: str, numerics: str, clean: Sequence[str], points: str) -> Results:
-    """Read the tables of one experiment and model. Raises DamagedFileError."""
-    clean_table = pl.concat([table(path) for path in clean])
-    summary = without_control(table(layers)).filter(pl.col("subset") == "all")
-    sources = tuple(clean_table["source"].unique(maintain_order=True))
+def read(inputs: Mapping[str, Any]) -> Results:
+    """Read the tables that `inputs` of the report stage names. Raises DamagedFileError."""
+    clean = pl.concat([table(path) for path in inputs["clean"]])
+    layers = without_control(table(inputs["layers"])).filter(pl.col("subset") == "all")
+    verdicts = without_control(table(inputs["verdicts"]))
+    sources = tuple(clean["source"].unique(maintain_order=True))
     return Results(
-        layers=summary,
-        downstream=without_control(table(downstream)),
-        numerics=table(numerics),
-        clean=clean_table,
-        points=table(points),
+        verdicts=_with_drop(verdicts, layers),
+        layers=layers,
+        downstream=without_control(table(inputs["downstream"])),
+        numerics=table(inputs["numerics"]),
+        clean=clean,
         sources=sources,
-        ablations=order_ablations(summary["ablation"].unique(maintain_order=True).to_list(), sources),
-        components=tuple(c for c in ("attn", "mlp") if c in set(summary["component"])),
+        ablations=order_ablations(verdicts["ablation"].unique(maintain_order=True).to_list(), sources),
     )
+
+
+def _with_drop(verdicts: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
+    means = layers.select(
+        *CELL,
+        drop=-pl.col("delta_ablate_mean"),
+        drop_low=-pl.col("delta_ablate_high"),
+        drop_high=-pl.col("delta_ablate_low"),
+        delta_unembed="delta_unembed_mean",
+        delta_unembed_low="delta_unembed_low",
+        delta_unembed_high="delta_unembed_high",
+        correlation="correlation",
+    )
+    order = pl.col("layer"), pl.col("component")
+    return verdicts.join(means, on=CELL, how="left", maintain_order="left").sort("source", "ablation", *order)
+
+
+def excludes_zero(row: Mapping[str, Any], low: str, high: str) -> bool:
+    """Return whether an interval has both bounds on one side of 0."""
+    return row[low] is not None and row[high] is not None and (row[low] > 0 or row[high] < 0)
+
+
+def names(rows: Sequence[Row], column: str) -> list[Any]:
+    """Return the distinct values of a column, in order."""
+    return list(dict.fromkeys(row[column] for row in rows))

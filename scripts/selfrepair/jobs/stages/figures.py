@@ -1,7 +1,8 @@
-"""The figures stage: summaries, clean runs and cells -> figures/<name>.{html,svg,png,parquet}."""
+"""The figures stage: verdicts, summaries, clean runs, prompts and cells -> figures/<name>.{html,svg,png,parquet}."""
 
 import logging
 import time
+from dataclasses import fields
 
 from selfrepair.jobs.job import Job
 from selfrepair.report.figures import frames
@@ -12,15 +13,13 @@ log = logging.getLogger("selfrepair")
 
 
 def run(job: Job, session: object) -> None:
-    """Draw the figures that `output.figures` names, by file stem, in the formats that it names, by suffix.
+    """Draw the figures that `output.figures` names by file stem, in the formats that it names by suffix.
 
-    Inputs: `layers`, `downstream`, `numerics`, and the lists `clean` and `cells`. No model is needed.
-    Raises DamagedFileError for an input that does not hold what was written.
+    Inputs: `verdicts`, `layers`, `downstream`, and the lists `clean`, `tokens` and `cells`. No model is
+    needed. Raises DamagedFileError for an input with unexpected content.
     """
-    given = job.input
-    tables = frames.read(
-        given["layers"], given["downstream"], given["numerics"], given["clean"], given["cells"]
-    )
+    paths = frames.Inputs(**{field.name: job.input[field.name] for field in fields(frames.Inputs)})
+    tables = frames.read(paths)
     for name, outputs in group(job.output["figures"]).items():
         start = time.monotonic()
         figure = build(name, tables)

@@ -10,11 +10,11 @@ log = logging.getLogger("selfrepair")
 
 
 def run(job: Job, session: object) -> None:
-    """Write `report`: one page that needs nothing but itself.
+    """Write `report`: one page that works offline and without other files.
 
-    Inputs: `layers`, `downstream`, `numerics`, the lists `clean`, `tokens` and `figures` (every file that the
-    figures stage wrote). Params: experiment, model, experiment_config, model_spec, datasets.
-    Raises DamagedFileError for an input that does not hold what was written.
+    Inputs: `verdicts`, `layers`, `downstream`, `numerics`, the lists `clean`, `tokens` and `figures` (every file that
+    the figures stage wrote). Params: experiment, model, experiment_config, model_spec, datasets. Raises
+    DamagedFileError for an input with unexpected content.
     """
     page = job.output["report"]
     text = build(job.input, page, job.params)

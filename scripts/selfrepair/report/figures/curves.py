@@ -1,4 +1,4 @@
-"""Curves over layers, a line per ablation with its interval: the shared picture of several figures."""
+"""Curves over layers, a line per ablation or reading with its interval: shared by several figures."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,33 +8,46 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import controls, theme
-from selfrepair.report.figures.figure import named
+from selfrepair.report.figures import controls, scales, theme
+from selfrepair.report.figures.figure import chart
 from selfrepair.report.figures.frames import Frames
+
+WIDTH, HEIGHT = 340, 200
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of panels: what is plotted, its axis title, a dashed reference line, a fixed axis that clips."""
+    """A row of panels: the measure, its axis title, dashed reference lines, a fixed axis."""
 
     measure: str
     title: str
-    rule: float | None = None
+    rules: tuple[float, ...] = ()
     domain: tuple[float, float] | None = None
 
 
-def grid(frames: Frames, table: pl.DataFrame, measures: Sequence[Row]) -> Any:
-    """Measures x components, from the data set `curves` with `measure`, `value`, `low` and `high`."""
-    highlight = controls.legend_highlight()
+@dataclass(frozen=True)
+class Series:
+    """The column that separates the lines of a panel, and its values with colours and dashes."""
+
+    field: str
+    colours: alt.Scale
+    dashes: alt.Scale
+
+
+def by_ablation(frames: Frames) -> Series:
+    """Return a line per ablation."""
+    return Series("ablation", theme.ablation_scale(frames.ablations), theme.dash_scale(frames.ablations))
+
+
+def grid(frames: Frames, table: pl.DataFrame, measures: Sequence[Row], series: Series, *where: str) -> Any:
+    """Return panels, measures x components, of the data set `curves`: `measure`, `value`, `low`, `high`."""
+    highlight = controls.legend_highlight(series.field)
     with warnings.catch_warnings():
-        # One legend serves all panels: altair says that it took them for one parameter. They are.
+        # One legend serves all panels; altair warns that it merged their parameters, which is intended.
         warnings.filterwarnings("ignore", message="Automatically deduplicated selection parameter")
         rows = [
             alt.hconcat(
-                *[
-                    _panel(frames, table, component, row, highlight, heading=row is measures[0])
-                    for component in frames.components
-                ]
+                *[_panel(frames, table, name, row, series, highlight, where) for name in frames.components]
             ).resolve_scale(y="shared")
             for row in measures
         ]
@@ -42,33 +55,43 @@ def grid(frames: Frames, table: pl.DataFrame, measures: Sequence[Row]) -> Any:
 
 
 def _panel(
-    frames: Frames, table: pl.DataFrame, component: str, row: Row, highlight: Any, *, heading: bool
+    frames: Frames,
+    table: pl.DataFrame,
+    component: str,
+    row: Row,
+    series: Series,
+    highlight: Any,
+    where: Sequence[str],
 ) -> Any:
-    clip = row.domain is not None
     scale = alt.Scale(domain=list(row.domain), nice=False) if row.domain else alt.Scale(zero=False)
-    base = alt.Chart(named("curves", table)).transform_filter(
-        f"datum.component === '{component}' && datum.measure === '{row.measure}' && "
-        f"{controls.is_picked('source')} && isValid(datum.value)"
-    )
+    base = scales.clamped(
+        chart(
+            "curves",
+            table,
+            f"datum.component === '{component}'",
+            f"datum.measure === '{row.measure}'",
+            controls.is_picked("source"),
+            *where,
+        ),
+        "value",
+        ("value", "low", "high"),
+    ).transform_calculate(shown="datum.shown_value")
     legend = theme.line_legend()
-    colour = alt.Color(
-        "ablation:N", scale=theme.ablation_scale(frames.ablations), title="ablation", legend=legend
-    )
-    dash = alt.StrokeDash(
-        "ablation:N", scale=theme.dash_scale(frames.ablations), title="ablation", legend=legend
-    )
-    x, y = theme.layer_axis(frames.ablated), alt.Y("value:Q", title=row.title, scale=scale)
-    # Many overlapping bands hide one another: then they are faint until one is picked in the legend.
-    faint = 0.16 if len(frames.ablations) <= 4 else 0.06
-    band = base.mark_area(clip=clip).encode(
+    title = row.title.split(" (")[0]
+    colour = alt.Color(f"{series.field}:N", scale=series.colours, title=series.field, legend=legend)
+    dash = alt.StrokeDash(f"{series.field}:N", scale=series.dashes, title=series.field, legend=legend)
+    x, y = theme.layer_axis(frames.ablated), alt.Y("shown_value:Q", title=row.title, scale=scale)
+    # Many overlapping bands hide one another: they are faint until one is chosen in the legend.
+    faint = 0.16 if table[series.field].n_unique() <= 4 else 0.06
+    band = base.mark_area().encode(
         x=x,
-        y=alt.Y("low:Q", title=row.title, scale=scale),
-        y2="high:Q",
+        y=alt.Y("shown_low:Q", title=row.title, scale=scale),
+        y2="shown_high:Q",
         color=colour,
         opacity=alt.condition(highlight, alt.value(faint), alt.value(0.01)),
     )
     line = (
-        base.mark_line(strokeWidth=2, clip=clip, point=alt.OverlayMarkDef(size=22, clip=clip))
+        base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=26))
         .encode(
             x=x,
             y=y,
@@ -76,33 +99,31 @@ def _panel(
             strokeDash=dash,
             opacity=alt.condition(highlight, alt.value(1), alt.value(0.12)),
             tooltip=[
-                alt.Tooltip("ablation:N"),
+                alt.Tooltip(f"{series.field}:N"),
                 alt.Tooltip("layer:Q", format="d"),
-                alt.Tooltip("value:Q", title=row.title.split(" (")[0], format=".3f"),
+                alt.Tooltip("value:Q", title=title, format=".3f"),
                 alt.Tooltip("low:Q", title="95 % from", format=".3f"),
                 alt.Tooltip("high:Q", title="to", format=".3f"),
             ],
         )
         .add_params(highlight)
     )
-    layers = [band, line]
-    if row.rule is not None:
-        reference = alt.Chart(alt.InlineData(values=[{"at": row.rule}]))
-        at = alt.Y("at:Q", scale=scale, title=row.title)
-        layers.insert(0, reference.mark_rule(strokeDash=[2, 3], color=theme.MUTED).encode(y=at))
-    properties: dict[str, Any] = {"width": 290, "height": 190}
-    if heading:
-        properties["title"] = f"{theme.COMPONENT[component]} ablated"
-    return alt.layer(*layers).properties(**properties)
+    layers = [band, line, scales.off_scale(base, "value", x=x, y=y)]
+    for at in row.rules:
+        reference = alt.Chart(alt.InlineData(values=[{"at": at}]))
+        rule = reference.mark_rule(strokeDash=[2, 3], color=theme.MUTED)
+        layers.insert(0, rule.encode(y=alt.Y("at:Q", scale=scale, title=row.title)))
+    heading = f"{theme.COMPONENT[component]} ablated"
+    return alt.layer(*layers).properties(width=WIDTH, height=HEIGHT, title=heading)
 
 
-def melted(table: pl.DataFrame, keys: list[str], measures: list[str]) -> pl.DataFrame:
-    """`X`, `X_low`, `X_high` of every measure X as rows with `measure`, `value`, `low`, `high`."""
+def melted(table: pl.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pl.DataFrame:
+    """Return `X`, `X_low`, `X_high` of every measure X as rows with `measure`, `value`, `low`, `high`."""
 
     def bound(measure: str, end: str) -> pl.Expr:
         name = f"{measure}_{end}"
-        found = pl.col(name) if name in table.columns else pl.lit(None)
-        return found.cast(pl.Float64).alias(end)
+        column = pl.col(name) if name in table.columns else pl.lit(None)
+        return column.cast(pl.Float64).alias(end)
 
     parts = [
         table.select(

@@ -1,6 +1,6 @@
-"""What the figures are drawn from, read once: summaries, clean runs, cells averaged over draws."""
+"""The tables behind the figures, read once: verdicts, summaries, clean runs, cells averaged over draws."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,21 +8,35 @@ import polars as pl
 
 from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.errors import DamagedFileError
+from selfrepair.planning.sites import COMPONENTS
 from selfrepair.storage import tables
 
 CELL = ("source", "ablation", "layer", "component")
 CONTROL = "self"
+TEXT = 110  # characters of a prompt in a tooltip, from its end: the last position is where effects are read
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Paths of the tables of one experiment and model."""
+
+    verdicts: str
+    layers: str
+    downstream: str
+    clean: Sequence[str]
+    tokens: Sequence[str]
+    cells: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Frames:
     """The tables of one experiment and model. Logits throughout; changes are ablated minus clean."""
 
+    verdicts: pl.DataFrame  # summary/verdicts.parquet
     layers: pl.DataFrame  # summary/layers.parquet without the control
     downstream: pl.DataFrame  # summary/downstream.parquet without the control
-    numerics: pl.DataFrame
-    clean: pl.DataFrame  # one row per source prompt, all sources
-    prompts: pl.DataFrame  # CELL x prompt: mean over draws of EFFECT_COLUMNS, and `draws`
+    clean: pl.DataFrame  # one row per source prompt, all sources, with its `text`
+    prompts: pl.DataFrame  # CELL x prompt: mean over draws of EFFECT_COLUMNS, `draws`, `correct`
     size: pl.DataFrame  # CELL: rms and largest |delta_ablate| over prompts and draws, the control included
     cells: dict[tuple[str, str, int], str]  # the file of each source, ablation and layer
     sources: tuple[str, ...]  # in the experiment's order
@@ -32,15 +46,15 @@ class Frames:
     n_layers: int  # of the model
 
     def default_source(self) -> str:
-        """The source that a static figure shows."""
+        """The source that a figure shows first."""
         return self.sources[0]
 
     def default_ablation(self, source: str | None = None) -> str:
-        """The ablation that a static figure shows: the paper's resample ablation where there is one."""
+        """The ablation that a figure shows first: the paper's resample ablation if there is one."""
         return default_ablation(self.ablations, source or self.default_source())
 
     def all_prompts(self) -> pl.DataFrame:
-        """The rows of `layers` over all prompts, whether the model's answer was right or not."""
+        """The rows of `layers` over all prompts, correctly answered or not."""
         return self.layers.filter(pl.col("subset") == "all")
 
     def n_prompts(self, source: str) -> int:
@@ -51,57 +65,76 @@ class Frames:
         """Draws of the ablations that draw."""
         return int(self.prompts["draws"].max())  # type: ignore[arg-type]
 
+    def texts(self) -> pl.DataFrame:
+        """One row per source prompt for tooltips: `key` (source:prompt), `text`, `target`."""
+        return self.clean.select(
+            key=pl.format("{}:{}", "source", "prompt"),
+            text=_end_of_text(pl.col("text")),
+            target=pl.col("target_text"),
+        )
 
-def read(
-    layers: str,
-    downstream: str,
-    numerics: str,
-    clean: Sequence[str],
-    cells: Sequence[str],
-) -> Frames:
+
+def read(paths: Inputs) -> Frames:
     """Read the tables of one experiment and model. Raises DamagedFileError."""
-    clean_table = pl.concat([table(path) for path in clean])
-    summary = without_control(table(layers))
-    prompts, size, files = _average(cells)
-    sources = tuple(clean_table["source"].unique(maintain_order=True))
-    found = prompts["ablation"].unique(maintain_order=True).to_list()
+    clean = _with_texts(paths)
+    prompts, size, files = _average(paths.cells)
+    prompts = prompts.join(clean.select("source", "prompt", "correct"), on=["source", "prompt"], how="left")
+    sources = tuple(clean["source"].unique(maintain_order=True))
+    ablations = prompts["ablation"].unique(maintain_order=True).to_list()
+    components = set(prompts["component"])
     return Frames(
-        layers=summary,
-        downstream=without_control(table(downstream)),
-        numerics=table(numerics),
-        clean=clean_table,
+        verdicts=without_control(table(paths.verdicts)),
+        layers=without_control(table(paths.layers)),
+        downstream=without_control(table(paths.downstream)),
+        clean=clean,
         prompts=prompts,
         size=size,
         cells=files,
         sources=sources,
-        ablations=order_ablations(found, sources),
-        components=tuple(c for c in ("attn", "mlp") if c in set(prompts["component"].unique())),
+        ablations=order_ablations(ablations, sources),
+        components=tuple(name for name in COMPONENTS if name in components),
         ablated=tuple(sorted(prompts["layer"].unique())),
-        n_layers=len(clean_table["unembed_attn"][0]),
+        n_layers=len(clean["unembed_attn"][0]),
     )
 
 
+def _with_texts(paths: Inputs) -> pl.DataFrame:
+    texts = {Path(path).stem: table(path).select("prompt", "text") for path in paths.tokens}
+    parts = []
+    for path in paths.clean:
+        clean = table(path)
+        parts.append(clean.join(texts[clean["source"][0]], on="prompt", how="left", maintain_order="left"))
+    return pl.concat(parts)
+
+
+def _end_of_text(text: pl.Expr) -> pl.Expr:
+    flat = text.str.replace_all(r"\s+", " ")
+    end = pl.concat_str(pl.lit("…"), flat.str.tail(TEXT - 1))
+    return pl.when(flat.str.len_chars() > TEXT).then(end).otherwise(flat)
+
+
 def default_ablation(ablations: Sequence[str], source: str) -> str:
-    """The paper's resample ablation where there is one: the source's own replacement."""
-    preferred = (f"replace-{source}", *(a for a in ablations if a.startswith("replace-")), "mean", "zero")
-    return next((a for a in preferred if a in ablations), ablations[0])
+    """Return the paper's resample ablation if there is one: the source's own replacement."""
+    replacements = (name for name in ablations if name.startswith("replace-"))
+    preferred = (f"replace-{source}", *replacements, "mean", "zero")
+    return next((name for name in preferred if name in ablations), ablations[0])
 
 
-def order_ablations(found: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
-    """Replacements in the order of the sources, then the rest as they come."""
-    replacements = [f"replace-{source}" for source in sources if f"replace-{source}" in found]
-    return (*replacements, *(name for name in found if name not in replacements))
+def order_ablations(names: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
+    """Return replacements in the order of the sources, then the rest as they come."""
+    replacements = [f"replace-{source}" for source in sources if f"replace-{source}" in names]
+    return (*replacements, *(name for name in names if name not in replacements))
 
 
 def table(path: str | Path) -> pl.DataFrame:
-    """A table of this product as Polars frame, dictionary columns as text. Raises DamagedFileError."""
+    """Return a Parquet table of results/ as a Polars frame, dictionary columns as text. Raises DamagedFileError."""
     frame = pl.from_arrow(tables.read(path))
     assert isinstance(frame, pl.DataFrame)
     return frame.with_columns(pl.col(pl.Categorical).cast(pl.String))
 
 
 def without_control(frame: pl.DataFrame) -> pl.DataFrame:
-    """Real ablations only."""
+    """Return the rows of real ablations."""
     return frame.filter(pl.col("ablation") != CONTROL)
 
 
@@ -130,42 +163,35 @@ def _average(
 
 
 def scan(path: str) -> pl.LazyFrame:
-    """A cell, read lazily. The summary, an earlier stage, has checked the contents' digest."""
+    """Return a lazy frame of a cell. The summary, an earlier stage, has checked the content digest."""
     try:
         frame = pl.scan_parquet(path, hive_partitioning=False)
         frame.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
-        remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed anew."
+        remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
         raise DamagedFileError(
             f"cannot be read as Parquet ({error})", where=str(path), remedy=remedy
         ) from error
     return frame
 
 
-def thin(ids: Sequence[int], at_most: int) -> list[int]:
-    """At most `at_most` of `ids`, evenly spaced over their order: the same ones every time."""
-    if len(ids) <= at_most:
-        return list(ids)
-    return [ids[round(i * (len(ids) - 1) / max(1, at_most - 1))] for i in range(at_most)]
+def prompts_sample(ids: Iterable[int], at_most: int) -> list[int]:
+    """Return at most `at_most` of `ids`, evenly spaced over their order: the same ones every time."""
+    every = sorted(ids)
+    if len(every) <= at_most:
+        return every
+    return [every[round(i * (len(every) - 1) / max(1, at_most - 1))] for i in range(at_most)]
 
 
 def prompts_of(frames: Frames, source: str, at_most: int) -> list[int]:
-    """Ids of at most `at_most` prompts of a source."""
-    ids = sorted(frames.clean.filter(pl.col("source") == source)["prompt"])
-    return thin(ids, max(1, at_most))
+    """Return the ids of at most `at_most` prompts of a source."""
+    return prompts_sample(frames.clean.filter(pl.col("source") == source)["prompt"], max(1, at_most))
 
 
 def sample(frames: Frames, at_most: int) -> tuple[pl.DataFrame, dict[str, int]]:
-    """`frames.prompts` restricted to at most `at_most` prompts per source, and how many those are."""
+    """Return `frames.prompts` of at most `at_most` prompts per source, and the number of prompts by source."""
     kept = {source: prompts_of(frames, source, at_most) for source in frames.sources}
-    wanted = pl.concat(
-        [
-            pl.DataFrame(
-                {"source": [s] * len(ids), "prompt": ids}, schema={"source": pl.String, "prompt": pl.Int32}
-            )
-            for s, ids in kept.items()
-        ]
-    )
-    return frames.prompts.join(wanted, on=["source", "prompt"], how="semi"), {
-        s: len(i) for s, i in kept.items()
-    }
+    pairs = [(source, prompt) for source, ids in kept.items() for prompt in ids]
+    wanted = pl.DataFrame(pairs, schema={"source": pl.String, "prompt": pl.Int32}, orient="row")
+    chosen = frames.prompts.join(wanted, on=["source", "prompt"], how="semi")
+    return chosen, {source: len(ids) for source, ids in kept.items()}

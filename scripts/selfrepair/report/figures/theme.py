@@ -6,6 +6,8 @@ from typing import Any
 
 import altair as alt
 
+from selfrepair.planning.sites import ATTN, MLP
+
 # `currentColor` is the text colour of the page around the figure, so that light and dark pages both work.
 INK = "currentColor"
 PAPER_INK = "#222222"
@@ -42,7 +44,7 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [4, 4], [10, 4], [1, 3])
 DIVERGING = ("#5aa0cf", "#f4f4f4", "#f2a45c")
 DIVERGING_STRONG = ("#0b4f8a", "#5aa0cf", "#f4f4f4", "#f2a45c", "#b34700")
 
-COMPONENT = {"attn": "attention", "mlp": "MLP"}
+COMPONENT = {ATTN: "attention", MLP: "MLP"}
 COMPONENT_COLOUR = {"attention": BLUE, "MLP": VERMILLION}
 
 DROP = "logit drop, −Δablate (logits)"

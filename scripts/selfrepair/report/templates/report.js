@@ -1,9 +1,74 @@
-// Figures are drawn when they come near the view: the page opens at once, whatever its size.
+// ---- state: the page's controls, kept in the URL fragment as #section&name=value ------------------------
+const pageControls = document.getElementById("page-controls");
+const views = new Map(); // figure name -> Vega view
+
+function readFragment() {
+  const [anchor, ...pairs] = location.hash.slice(1).split("&");
+  const state = new Map(pairs.map((pair) => pair.split("=").map(decodeURIComponent)));
+  return { anchor: anchor.includes("=") ? "" : anchor, state };
+}
+function pageState() {
+  const data = new FormData(pageControls);
+  const state = { full_scale: data.has("full_scale"), left_out: data.getAll("left_out").map(Number) };
+  for (const name of ["pick_source", "pick_ablation"]) if (data.has(name)) state[name] = data.get(name);
+  return state;
+}
+function writeFragment(anchor) {
+  const pairs = [];
+  for (const [name, value] of Object.entries(pageState())) {
+    const text = Array.isArray(value) ? value.join(",") : value === false ? "" : value === true ? "1" : value;
+    const select = pageControls.elements[name];
+    const isDefault = select && select.options ? select.selectedIndex === 0 : text === "";
+    if (!isDefault) pairs.push(name + "=" + encodeURIComponent(text));
+  }
+  const shown = document.querySelector("#explorer tr[aria-selected=true]");
+  if (shown) pairs.push("prompt=" + encodeURIComponent(shown.dataset.prompt));
+  history.replaceState(null, "", "#" + [anchor ?? readFragment().anchor, ...pairs].join("&"));
+}
+function applyState(view, state, skip) {
+  for (const [name, value] of Object.entries(state)) {
+    if (name === skip) continue;
+    try { view.signal(name, value); } catch { /* this figure does not have the control */ }
+  }
+  return view.runAsync();
+}
+if (pageControls) {
+  const { state } = readFragment();
+  for (const [name, value] of state) {
+    const element = pageControls.elements[name];
+    if (!element) continue;
+    if (name === "left_out") {
+      const layers = value.split(",");
+      pageControls.querySelectorAll("[name=left_out]").forEach((box) => { box.checked = layers.includes(box.value); });
+    } else if (element.type === "checkbox") element.checked = value === "1";
+    else element.value = value;
+  }
+  pageControls.addEventListener("submit", (event) => event.preventDefault());
+  pageControls.addEventListener("change", () => {
+    writeFragment();
+    const state = pageState();
+    views.forEach((view) => applyState(view, state));
+  });
+  window.addEventListener("hashchange", () => writeFragment());
+}
+
+// ---- figures: drawn when they come near the view, so that the page opens at once ------------------------
 const figures = document.querySelectorAll("figure[data-figure]");
 function draw(element) {
   const holder = document.getElementById("payload-" + element.dataset.figure);
-  drawFigure(element, JSON.parse(holder.textContent)).then((result) => {
-    if (result) element.classList.add("drawn");
+  const payload = JSON.parse(holder.textContent);
+  return drawFigure(element, payload).then((result) => {
+    if (!result) return;
+    element.classList.add("drawn");
+    views.set(element.dataset.figure, result.view);
+    if (pageControls) applyState(result.view, pageState());
+    result.view.addEventListener("click", (event, item) => {
+      const datum = item && item.datum;
+      if (datum && datum.key && String(datum.key).includes(":")) showPrompt(datum.key, true);
+    });
+    element.querySelectorAll("[data-export]").forEach((button) => button.addEventListener("click", () => {
+      exportFigure(button.dataset.export, element.dataset.figure, result.view, payload);
+    }));
   });
 }
 if ("IntersectionObserver" in window) {
@@ -19,9 +84,28 @@ if ("IntersectionObserver" in window) {
   figures.forEach(draw);
 }
 
+function save(name, content, kind) {
+  const link = document.createElement("a");
+  link.href = typeof content === "string" && content.startsWith("data:") ? content : URL.createObjectURL(new Blob([content], { type: kind }));
+  link.download = name;
+  link.click();
+}
+function exportFigure(kind, name, view, payload) {
+  if (kind === "csv") {
+    for (const [key, text] of Object.entries(payload.spec.datasets)) {
+      if (key !== "texts" && typeof text === "string") save(`${name}-${key}.csv`, text, "text/csv");
+    }
+  } else if (kind === "svg") {
+    view.toSVG().then((text) => save(`${name}.svg`, text.replaceAll("currentColor", "#222"), "image/svg+xml"));
+  } else {
+    view.toImageURL("png", 2).then((address) => save(`${name}.png`, address));
+  }
+}
+
+// ---- tables ---------------------------------------------------------------------------------------------
 function key(row, column) {
   const cell = row.cells[column];
-  if (!("key" in cell.dataset)) return null; // nothing there: sorted last, whichever the direction
+  if (!("key" in cell.dataset)) return null; // sorted last in either direction
   const value = Number(cell.dataset.key);
   return cell.dataset.key !== "" && !Number.isNaN(value) ? value : cell.dataset.key;
 }
@@ -40,6 +124,103 @@ for (const table of document.querySelectorAll("table.sortable")) {
     rows.sort(([a], [b]) => (a === null) - (b === null) || (up ? compare(a, b) : compare(b, a)) || 0);
     body.append(...rows.map(([, row]) => row));
   }));
+}
+const LATEX = { "−": "$-$", "Δ": "$\\Delta$", "–": "--", "%": "\\%", "&": "\\&", "_": "\\_", "#": "\\#", "$": "\\$" };
+function latex(table) {
+  const rows = [...table.rows].map((row) => [...row.cells]
+    .map((cell) => cell.textContent.trim().replace(/[−Δ–%&_#$]/g, (sign) => LATEX[sign])).join(" & ") + " \\\\");
+  const columns = [...table.tBodies[0].rows[0].cells].map((cell) => (cell.className === "number" ? "r" : "l")).join("");
+  return [`\\begin{tabular}{${columns}}`, "\\toprule", rows[0], "\\midrule", ...rows.slice(1), "\\bottomrule", "\\end{tabular}"].join("\n");
+}
+document.querySelectorAll("[data-latex]").forEach((button) => button.addEventListener("click", () => {
+  const text = latex(document.getElementById(button.dataset.latex));
+  const done = () => { button.textContent = "Copied"; };
+  const fallback = () => save(`${button.dataset.latex}.tex`, text, "text/x-tex");
+  if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, fallback);
+  else fallback();
+}));
+
+// ---- prompts --------------------------------------------------------------------------------------------
+const explorer = document.getElementById("explorer");
+const store = explorer ? JSON.parse(document.getElementById("explorer-data").textContent) : null;
+const DROP = 1; // place of the drop in a ledger row
+function element(tag, text, attributes = {}) {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  Object.assign(made, attributes);
+  return made;
+}
+function siteName([layer, component]) {
+  return (component === "attn" ? "attention " : "MLP ") + layer;
+}
+function signed(value) {
+  return value === null || value === undefined ? "–" : Number(value).toPrecision(3).replace("-", "−");
+}
+function largest(prompt) {
+  let best = -1;
+  prompt.ledger.forEach((row, i) => { if (best < 0 || row[DROP] > prompt.ledger[best][DROP]) best = i; });
+  return best;
+}
+function fillExplorer() {
+  const body = explorer.querySelector("tbody");
+  for (const prompt of store.prompts) {
+    const row = element("tr", "", { tabIndex: 0 });
+    const best = largest(prompt);
+    row.dataset.prompt = prompt.source + ":" + prompt.prompt;
+    row.dataset.text = (prompt.text + " " + prompt.target + " " + prompt.source).toLowerCase();
+    const end = prompt.text.length > 90 ? "…" + prompt.text.slice(-89) : prompt.text;
+    const known = prompt.correct === null ? "–" : prompt.correct ? "yes" : "no";
+    const cells = [prompt.source, end, prompt.target, prompt.tokens, prompt.p.toFixed(3), known,
+      best < 0 ? "–" : signed(prompt.ledger[best][DROP]), best < 0 ? "–" : siteName(store.sites[best])];
+    cells.forEach((text, i) => row.append(element("td", text, { className: i > 2 && i < 7 && i !== 5 ? "number" : "" })));
+    row.addEventListener("click", () => showPrompt(row.dataset.prompt, false));
+    row.addEventListener("keydown", (event) => { if (event.key === "Enter") showPrompt(row.dataset.prompt, false); });
+    body.append(row);
+  }
+  search("");
+}
+function search(words) {
+  let shown = 0;
+  for (const row of explorer.querySelectorAll("tbody tr")) {
+    row.hidden = !row.dataset.text.includes(words.toLowerCase());
+    shown += !row.hidden;
+  }
+  explorer.querySelector(".count").textContent = `${shown} shown. ${store.sampled} Click a row to see its ledger.`;
+}
+function showPrompt(id, scroll) {
+  const prompt = store.prompts.find((one) => one.source + ":" + one.prompt === id);
+  if (!prompt) return;
+  for (const row of explorer.querySelectorAll("tbody tr")) row.setAttribute("aria-selected", row.dataset.prompt === id);
+  const panel = explorer.querySelector(".ledger");
+  const text = element("p", prompt.text + " ", { className: "prompt" });
+  text.append(element("mark", prompt.target));
+  const table = element("table", "");
+  const heads = ["contribution", "Δunembed", "drop T", "direct loss D", "repair by attention", "repair by MLPs", "norm N"];
+  const head = element("tr", "");
+  heads.forEach((name) => head.append(element("th", name, { scope: "col" })));
+  table.createTHead().append(head);
+  const body = table.createTBody();
+  prompt.ledger.forEach((values, i) => {
+    const row = element("tr", "");
+    row.append(element("td", siteName(store.sites[i])));
+    values.forEach((value) => row.append(element("td", signed(value), { className: "number" })));
+    body.append(row);
+  });
+  const holder = element("div", "", { className: "scroll" });
+  holder.append(table);
+  const title = `Prompt ${prompt.prompt} of ${prompt.source}, ${store.ablations[prompt.source]} (logits, means over draws)`;
+  panel.replaceChildren(element("h3", title), text, holder);
+  if (scroll) panel.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  writeFragment();
+}
+if (explorer) {
+  fillExplorer();
+  explorer.querySelector("[type=search]").addEventListener("input", (event) => search(event.target.value));
+  const chosen = readFragment().state.get("prompt");
+  if (chosen) showPrompt(chosen, false);
+  const { anchor } = readFragment();
+  const target = anchor && document.getElementById(anchor);
+  if (target) target.scrollIntoView();
 }
 window.addEventListener("beforeprint", () => {
   document.querySelectorAll("details").forEach((element) => { element.open = true; });

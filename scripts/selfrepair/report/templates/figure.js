@@ -1,6 +1,6 @@
 "use strict";
 // The controls are a form because radio buttons of one name exclude each other within their form only.
-// Draws one figure into its <figure>: controls above, picture below, a play button where there is a layer slider.
+// Draws one figure into its <figure>: controls first, then the picture, and a play button if there is a layer slider.
 function drawFigure(element, payload) {
   const live = element.querySelector(".live"), controls = element.querySelector(".controls");
   controls.addEventListener("submit", (event) => event.preventDefault());
@@ -10,15 +10,25 @@ function drawFigure(element, payload) {
     mode: "vega-lite",
     renderer: "svg", // takes the page's text colour, light or dark
     bind: controls,
-    actions: { export: true, source: false, compiled: false, editor: false },
-    downloadFileName: payload.name,
+    actions: false,
     tooltip: { theme: "custom" },
   }).then((result) => {
     addPlay(result.view, controls);
+    fitWidth(live);
     return result;
   }, (error) => {
     live.textContent = "This figure could not be drawn here: " + error.message;
   });
+}
+
+// A picture that is wider than its column shrinks, but not below readable text; then it scrolls.
+function fitWidth(live) {
+  const svg = live.querySelector("svg");
+  if (!svg) return;
+  const width = Number(svg.getAttribute("width"));
+  svg.style.maxWidth = "100%";
+  svg.style.height = "auto";
+  svg.style.minWidth = Math.min(width, 620) + "px";
 }
 
 function addPlay(view, controls) {

@@ -1,0 +1,97 @@
+"""Impact per layer by unembedding and by ablation (Fig. 2a, b), a line per prompt and the mean."""
+
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from selfrepair.report.figures import controls, points, scales, theme, wording
+from selfrepair.report.figures.figure import chart, csv, specification
+from selfrepair.report.figures.frames import CELL, Frames
+
+LINES = 30  # prompts drawn as lines
+MEASURES = {"unembed": "Δunembed (logits)", "drop": "logit drop (logits)"}
+
+
+def means(frames: Frames) -> pl.DataFrame:
+    """CELL x measure: mean Δunembed and mean drop with intervals, in logits."""
+    kept = frames.all_prompts()
+    unembed = kept.select(
+        *CELL,
+        pl.lit("unembed").alias("measure"),
+        pl.col("delta_unembed_mean").alias("value"),
+        pl.col("delta_unembed_low").alias("low"),
+        pl.col("delta_unembed_high").alias("high"),
+    )
+    drop = kept.select(
+        *CELL,
+        pl.lit("drop").alias("measure"),
+        (-pl.col("delta_ablate_mean")).alias("value"),
+        (-pl.col("delta_ablate_high")).alias("low"),  # a drop is the negative: the bounds change places
+        (-pl.col("delta_ablate_low")).alias("high"),
+    )
+    return pl.concat([unembed, drop])
+
+
+def build(frames: Frames) -> dict[str, Any]:
+    """Components x (Δunembed, drop)."""
+    cloud = points.Points(frames, ("unembed",), ("drop",))
+    wanted = cloud.table.select("source", "prompt").unique(maintain_order=True)
+    wanted = wanted.group_by("source", maintain_order=True).head(LINES)
+    cloud.table = cloud.table.join(wanted, on=["source", "prompt"], how="semi", maintain_order="left")
+    average = means(frames)
+
+    def panel(component: str, measure: str) -> Any:
+        where = f"datum.component === '{component}' && {controls.is_picked('source')}"
+        single = cloud.of_ablation(cloud.chart(where), "drop")
+        axis = alt.Y("shown:Q", title=MEASURES[measure])
+        lines = (
+            scales.clamped(single, measure, (measure,))
+            .transform_calculate(shown=f"datum.shown_{measure}")
+            .mark_line(strokeWidth=0.7, opacity=0.35, color=theme.SKY)
+            .encode(x=theme.layer_axis(frames.ablated), y=axis, detail="key:N")
+        )
+        picked = f"datum.ablation === {controls.ABLATION} && datum.measure === '{measure}'"
+        mean = scales.clamped(
+            chart("means", average, where, picked), "value", ("value", "low", "high")
+        ).transform_calculate(shown="datum.shown_value")
+        band = mean.mark_area(opacity=0.3, color=theme.VERMILLION).encode(
+            x="layer:Q", y="shown_low:Q", y2="shown_high:Q"
+        )
+        dots = alt.OverlayMarkDef(color=theme.VERMILLION, size=26)
+        line = mean.mark_line(strokeWidth=2.4, color=theme.VERMILLION, point=dots).encode(
+            x="layer:Q",
+            y=axis,
+            tooltip=[
+                alt.Tooltip("layer:Q", format="d"),
+                alt.Tooltip("value:Q", title="mean", format=".3f"),
+                alt.Tooltip("low:Q", title="95 % from", format=".3f"),
+                alt.Tooltip("high:Q", title="to", format=".3f"),
+            ],
+        )
+        marks = scales.off_scale(mean, "value", x="layer:Q", y="shown:Q")
+        return alt.layer(lines, band, line, marks).properties(
+            width=330, height=190, title=f"{theme.COMPONENT[component]}, {MEASURES[measure].split(' (')[0]}"
+        )
+
+    grid = [
+        alt.hconcat(*[panel(component, measure) for measure in MEASURES]).resolve_scale(y="shared")
+        for component in frames.components
+    ]
+    drawing = alt.vconcat(*grid).add_params(
+        controls.source(frames), controls.ablation(frames), controls.only_correct(frames)
+    )
+    return {
+        "caption": (
+            f"A thin line is a prompt (at most {LINES} shown), the thick line the mean over all prompts, the band its "
+            f"{wording.INTERVAL}. {scales.NOTE} {wording.sizes(frames)}. (Fig. 2a, b of McGrath et al.)"
+        ),
+        "reading": (
+            "Left: the contribution's own direct effect on the target's logit. Right: how far the logit drops without "
+            "it. Contributions that matter through later layers show a drop without a direct effect."
+        ),
+        "alt": "Line plots of Δunembed and logit drop per layer with per-prompt lines and the mean.",
+        "shows": wording.shows(frames),
+        "data": cloud.data,
+        "spec": specification(drawing, {**cloud.datasets(), "means": csv(average)}),
+    }

@@ -1,0 +1,48 @@
+"""The diagonal of a scatter of drop against Δunembed, and names for the regions around it (both signs)."""
+
+from typing import Any
+
+import altair as alt
+
+from selfrepair.report.figures import theme
+
+LESS, MORE, SIGN = "costs less than it says", "costs more than it says", "changes sign"
+
+READING = (
+    "Points on the diagonal cost exactly what they say. Between the diagonal and the horizontal axis an ablation costs "
+    "less than the contribution says, beyond the diagonal more; on the opposite side of the axis the change has the "
+    "opposite sign. The regions do not show who is responsible: the norm counts as much as later contributions."
+)
+
+
+def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
+    """Return the diagonal, both axes and the region names for points at fields `x` and `y` of `base`."""
+    ends = base.transform_aggregate(x0=f"min({x})", x1=f"max({x})", y0=f"min({y})", y1=f"max({y})")
+    span = ends.transform_calculate(
+        lo="min(datum.x0, datum.y0, 0)", hi="max(datum.x1, datum.y1, 0)"
+    ).transform_calculate(gap="(datum.hi - datum.lo) * 0.13")
+    line = span.transform_calculate(end="[datum.lo, datum.hi]").transform_flatten(["end"])
+    diagonal = line.mark_line(strokeDash=[5, 4], color=theme.MUTED).encode(x="end:Q", y="end:Q")
+    zero = alt.Chart(alt.InlineData(values=[{"at": 0}]))
+    rule = {"color": theme.MUTED, "opacity": 0.7}
+    axes = [zero.mark_rule(**rule).encode(y="at:Q"), zero.mark_rule(**rule).encode(x="at:Q")]
+    places = (
+        "[{t: '%s', x: datum.hi, y: datum.hi * 0.3, on: datum.x1 > datum.gap},"
+        " {t: '%s', x: datum.hi * 0.75, y: datum.hi, on: datum.x1 > datum.gap || datum.y1 > datum.gap},"
+        " {t: '%s', x: datum.hi, y: datum.lo * 0.6, on: datum.x1 > datum.gap && datum.lo < -datum.gap}]"
+    ) % (LESS, MORE, SIGN)
+    names = (
+        span.transform_calculate(place=places)
+        .transform_flatten(["place"])
+        .transform_calculate(label="datum.place.on ? datum.place.t : ''", tx="datum.place.x", ty="datum.place.y")
+        .mark_text(align="right", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
+        .encode(x="tx:Q", y="ty:Q", text="label:N")
+    )
+    against = (
+        span.transform_calculate(
+            label=f"datum.x0 < -datum.gap ? 'suppressor: {LESS}' : ''", tx="datum.lo", ty="datum.lo * 0.3"
+        )
+        .mark_text(align="left", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
+        .encode(x="tx:Q", y="ty:Q", text="label:N")
+    )
+    return [diagonal, *axes, names, against]

@@ -1,0 +1,45 @@
+"""Limits that stay readable if one layer dominates: values far from the bulk are moved to the edge and marked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from selfrepair.report.figures import controls, theme
+
+REACH = 3.0  # times the upper quartile of the sizes in a panel
+
+
+def clamped(base: Any, size: str, fields: Sequence[str], groupby: Sequence[str] = ()) -> Any:
+    """Return `base` with `shown_X` for every field X: its value, or the panel's limit if it is beyond.
+
+    The limit is REACH times the upper quartile of |`size`| over the rows left after filtering. `off` is true if the
+    value of `size` lies beyond it. The reader switches the limits off with the page's `full scale`.
+    """
+    base = (
+        base.transform_calculate(magnitude=f"abs(datum.{size})")
+        .transform_joinaggregate(quartile="q3(magnitude)", groupby=list(groupby))
+        .transform_calculate(
+            limit=f"{controls.FULL_SCALE} || datum.quartile === 0 ? 1e300 : {REACH} * datum.quartile"
+        )
+    )
+    for field in fields:
+        bounded = f"clamp(datum.{field}, -datum.limit, datum.limit)"
+        base = base.transform_calculate(**{f"shown_{field}": f"isValid(datum.{field}) ? {bounded} : null"})
+    return base.transform_calculate(off="datum.magnitude > datum.limit")
+
+
+def off_scale(base: Any, size: str, **position: Any) -> Any:
+    """Return labels with the true value of `size` at the edge, for rows that `clamped` has moved."""
+    return (
+        base.transform_filter("datum.off")
+        .transform_calculate(label=f"(datum.{size} > 0 ? '▲ ' : '▼ ') + format(datum.{size}, '.3~r')")
+        .mark_text(fontSize=10, fontWeight="bold", color=theme.INK, dy=alt.ExprRef("datum.shown > 0 ? -7 : 9"))
+        .encode(text="label:N", **position)
+    )
+
+
+NOTE = (
+    f"Values beyond {REACH:g} times the panel's upper quartile are drawn at the edge with their number; "
+    "“full scale” shows them in place."
+)

@@ -1,0 +1,279 @@
+"""The report's sentences. Every number in them is a value or a count of the verdict and summary tables.
+
+Sentences speak about each source under its default ablation. None is written for a null.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from selfrepair.analysis.verdicts import (
+    AMPLIFIED,
+    NO_DIRECT_PATH,
+    NOTHING_DOWNSTREAM,
+    READINGS,
+    REPAIRED,
+    UNDECIDED,
+    counts,
+)
+from selfrepair.report.figures.wording import estimate, layers_of, listing, number, plural, site
+from selfrepair.report.results import Results, Row, excludes_zero, names
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question of the first screen and its answer."""
+
+    question: str
+    sentences: Sequence[str]
+    section: str  # where the details are
+
+
+def answers(results: Results) -> list[Answer]:
+    """Return the four questions of the first screen with their answers."""
+    return [
+        Answer("Is there self-repair in this model on these prompts?", repair(results), "repaired"),
+        Answer("Which contributions matter most?", importance(results), "matters"),
+        Answer("Who repairs?", repairers(results), "who"),
+        Answer("Can the numbers be trusted?", trust(results), "trust"),
+    ]
+
+
+def scope(results: Results, rows: Sequence[Row]) -> str:
+    """Return `replace-facts, n = 200 prompts, 15 draws each`."""
+    ablations, draws = names(rows, "ablation"), names(rows, "draws")
+    sizes = sorted({row["prompts"] for row in rows})
+    n = f"n = {number_of(sizes)} prompts"
+    drawn = "" if draws == [1] else f", {number_of(sorted(draws))} draws each"
+    if len(results.sources) == 1:
+        return f"{ablations[0]}, {n}{drawn}"
+    which = ablations[0] if len(ablations) == 1 else "each with its own default ablation"
+    return f"{len(results.sources)} data sets, {which}, {n} each{drawn}"
+
+
+def number_of(values: Sequence[int]) -> str:
+    """Return `25` or `20 to 25`."""
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def at(results: Results, row: Row) -> str:
+    """Return `the MLP of layer 3`, with the data set if there are several."""
+    return site(row) + (f" on {row['source']}" if len(results.sources) > 1 else "")
+
+
+# Is there self-repair?
+
+
+def repair(results: Results) -> list[str]:
+    """Return how many contributions that could be repaired are, and how much, in each reading."""
+    rows, every = results.repairable(), results.defaults()
+    if not rows:
+        return [
+            f"There is nothing to repair: none of {plural(len(every), 'contribution')} has a direct path whose loss "
+            f"later contributions could repair ({scope(results, every)})."
+        ]
+    sentences = [f"{_verdict(rows)} ({scope(results, rows)})."]
+    sentences += _extremes(results, rows, "")
+    for reading in READINGS[1:]:
+        sentences += _reading(results, reading.name, reading.suffix)
+    return sentences + _nothing_to_repair(results, every)
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    count = counts([row["class"] for row in rows])
+    repaired, amplified, undecided = count[REPAIRED], count[AMPLIFIED], count[UNDECIDED]
+    if repaired == 0:
+        word = "This is undecided" if undecided == len(rows) else "No"
+    else:
+        word = "Yes" if 2 * repaired > len(rows) else "In part"
+    return (
+        f"{word}: of {plural(len(rows), 'contribution')} that could be repaired by later contributions, {repaired} "
+        f"{_are(repaired)} repaired, {amplified} {_are(amplified)} amplified and {undecided} {_are(undecided)} undecided"
+    )
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _extremes(results: Results, rows: Sequence[Row], suffix: str) -> list[str]:
+    name, sentences = f"restoration{suffix}", []
+    repaired = [row for row in rows if row[f"class{suffix}"] == REPAIRED]
+    amplified = [row for row in rows if row[f"class{suffix}"] == AMPLIFIED]
+    if repaired:
+        best = max(repaired, key=lambda row: row[name])
+        sentences.append(
+            f"Most is restored after ablating {at(results, best)}: {estimate(best, name)} of its direct {_loss(best)} "
+            f"(n = {best['prompts']})."
+        )
+    if amplified:
+        worst = min(amplified, key=lambda row: row[name])
+        sentences.append(
+            f"Later contributions add most to the change after ablating {at(results, worst)}: restoration "
+            f"{estimate(worst, name)} (n = {worst['prompts']})."
+        )
+    return sentences
+
+
+def _loss(row: Row) -> str:
+    return "loss" if row["loss"] > 0 else "gain"
+
+
+def _reading(results: Results, name: str, suffix: str) -> list[str]:
+    rows = results.repairable(suffix=suffix)
+    if not rows:
+        return []
+    count = counts([row[f"class{suffix}"] for row in rows])
+    start = {
+        "own": "Read with each run's own norm scale",
+        "with norm": "With the change of the final norm's scale included",
+    }[name]
+    sentence = (
+        f"{start}, {count[REPAIRED]} of {len(rows)} {_are(count[REPAIRED])} repaired and {count[AMPLIFIED]} amplified "
+        f"({scope(results, rows)})"
+    )
+    repaired = [row for row in rows if row[f"class{suffix}"] == REPAIRED]
+    if repaired:
+        best = max(repaired, key=lambda row: row[f"restoration{suffix}"])
+        sentence += f", at most {estimate(best, f'restoration{suffix}')} after ablating {at(results, best)}"
+    return [sentence + "."]
+
+
+def _nothing_to_repair(results: Results, every: Sequence[Row]) -> list[str]:
+    sentences = []
+    reasons = {
+        NOTHING_DOWNSTREAM: "have nothing downstream",
+        NO_DIRECT_PATH: "have no direct path of their own that could be repaired: they act through later layers",
+    }
+    for kind, words in reasons.items():
+        rows = [row for row in every if row["class"] == kind]
+        if not rows:
+            continue
+        which = f" ({layers_of(rows)})" if len(results.sources) == 1 else ""
+        sentences.append(f"{plural(len(rows), 'contribution')}{which} of {len(every)} {words}.")
+    return sentences
+
+
+# Which contributions matter most?
+
+
+def importance(results: Results) -> list[str]:
+    """Return the contribution whose ablation costs most, and the one with the largest direct effect."""
+    costly, loud = {}, {}
+    for source in results.sources:
+        rows = results.defaults(source)
+        costly[source] = max(rows, key=lambda row: row["drop"])
+        loud[source] = max(rows, key=lambda row: row["delta_unembed"])
+    return [
+        _largest(results, costly, "drop", "Ablating {} lowers the target's logit most"),
+        _largest(results, loud, "delta_unembed", "The direct effect of {} on the target's logit is the largest"),
+    ]
+
+
+def _largest(results: Results, rows: dict[str, Row], name: str, words: str) -> str:
+    if len(results.sources) == 1:
+        (row,) = rows.values()
+        return f"{words.format(site(row))}: {estimate(row, name)} logits (n = {row['prompts']})."
+    by_site: dict[str, list[Row]] = {}
+    for row in rows.values():
+        by_site.setdefault(site(row), []).append(row)
+    where, same = max(by_site.items(), key=lambda item: len(item[1]))
+    values = sorted(row[name] for row in same)
+    span = number(values[0]) if len(same) == 1 else f"{number(values[0])} to {number(values[-1])}"
+    sizes = number_of(sorted({row["prompts"] for row in same}))
+    return (
+        f"{words.format(where)} in {len(same)} of {len(results.sources)} data sets: {span} logits (n = {sizes} prompts "
+        "each)."
+    )
+
+
+# Who repairs?
+
+
+def repairers(results: Results) -> list[str]:
+    """Return what later contributions do after the ablation with the largest direct loss that could be repaired."""
+    rows = results.repairable()
+    if not rows:
+        return [f"No contribution could be repaired ({scope(results, results.defaults())})."]
+    return responsibility(results, max(rows, key=lambda row: abs(row["loss"])))
+
+
+def responsibility(results: Results, row: Row) -> list[str]:
+    """Return the sums of the three kinds after one ablation, and the strongest repairer if it is determined."""
+    aligned = "back towards its clean value" if row["loss"] > 0 else "back down to its clean value"
+    sentences = [
+        f"After ablating {at(results, row)} (direct {_loss(row)} {number(abs(row['loss']))} logits), attenuated erasure "
+        f"moves the logit {aligned} by {estimate(row, 'attenuated')} and woken repair by {estimate(row, 'woken')}; "
+        f"propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, n = {row['prompts']})."
+    ]
+    best = strongest(results, row)
+    if best:
+        sentences.append(
+            f"The strongest repairer is {site(best, 'downstream_')}: its direct effect changes by "
+            f"{number(best['mean_change'])} [{number(best['low'])}, {number(best['high'])}] logits "
+            f"(n = {best['prompts']})."
+        )
+    return sentences
+
+
+def strongest(results: Results, row: Row) -> Row | None:
+    """Return the strongest repairer of an ablated contribution; None if its interval includes 0."""
+    keys = ("source", "ablation", "layer", "component")
+    chosen = results.downstream.filter(pl.all_horizontal([pl.col(key) == row[key] for key in keys]) & pl.col("strongest"))
+    if not chosen.height:
+        return None
+    best = chosen.row(0, named=True)
+    return best if excludes_zero(best, "low", "high") else None
+
+
+# Do the ablations agree?
+
+
+def agreement(results: Results) -> list[str]:
+    """Return for how many contributions of each source all ablations give the same class."""
+    if len(results.ablations) < 2:
+        return []
+    sentences = []
+    for source in results.sources:
+        rows = results.verdicts.filter(pl.col("source") == source)
+        classes = rows.group_by("layer", "component").agg(pl.col("class").n_unique())["class"]
+        used = names(rows.to_dicts(), "ablation")
+        sentences.append(
+            f"On {source}, {int((classes == 1).sum())} of {len(classes)} contributions have the same class under all "
+            f"{len(used)} ablations ({listing(used)}; n = {number_of(sorted(set(rows['prompts'])))} prompts)."
+        )
+    return sentences
+
+
+# Can the numbers be trusted?
+
+
+def warnings(results: Results) -> list[str]:
+    """Return the audit's warnings, data set by data set."""
+    rows = results.numerics.filter(pl.col("warning").is_not_null()).iter_rows(named=True)
+    return [f"{row['dataset']}: {row['warning']}" for row in rows]
+
+
+def trust(results: Results) -> list[str]:
+    """Return one sentence on the audit."""
+    table = results.numerics
+    checked = f"{table['rows'].sum():,} rows of {plural(table.height, 'data set')}"
+    if warned := int(table["warning"].is_not_null().sum()):
+        return [f"Read the warnings first: the audit of {checked} warns about {warned} of {table.height}."]
+    error = number(table["ledger_error_max"].max())  # type: ignore[arg-type]
+    return [
+        f"Yes: the audit of {checked} raised no warning, and in every row the parts add up to the drop within "
+        f"{error} logits."
+    ]
+
+
+def positions(kind: str) -> list[str]:
+    """Return the note on `positions: all`."""
+    if kind != "all":
+        return []
+    return [
+        "All positions are ablated. The ablated layer's changed keys and values reach the last position through later "
+        "attention, so part of the repair term is damage done at other positions. Do not compare these restorations "
+        "with those of an experiment with positions: last."
+    ]
