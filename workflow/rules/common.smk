@@ -42,16 +42,17 @@ def runtime(wildcards, resources):
 
 
 def captioned(path):
-    """For `snakemake --report`: the interactive figures, with their captions."""
+    """For `snakemake --report`: the interactive figures and the reports."""
+    name = Path(path).stem
     if not path.endswith(".html"):
         return path
-    name = Path(path).stem
+    title = "report" if name == "report" else figure_names.entry(name).title
     return report(
         path,
-        caption=f"../report/{name}.rst",
+        caption=f"../report/{'report' if name == 'report' else 'figure'}.rst",
         category="{experiment}",
         subcategory="{model}",
-        labels={"figure": name},
+        labels={"figure": name, "shows": title},
     )
 
 

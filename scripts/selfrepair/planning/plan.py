@@ -110,7 +110,7 @@ class Plan:
         return experiments
 
     def _figure_names(self, experiment: Experiment) -> list[str]:
-        return figure_names(experiment.positions, len(experiment.datasets), grid.ablations(experiment))
+        return figure_names(len(experiment.datasets), grid.ablations(experiment))
 
     # ---- input files -------------------------------------------------------------------------------------
 

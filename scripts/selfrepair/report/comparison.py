@@ -7,12 +7,10 @@ import altair as alt
 import polars as pl
 from altair.utils.schemapi import debug_mode
 
-from selfrepair.report import readings
 from selfrepair.report.figures import controls, curves, figure, theme
 from selfrepair.report.figures.figure import Figure, csv, named, specification
 from selfrepair.report.figures.frames import default_ablation, order_ablations, table, without_control
-from selfrepair.report.figures.scatter import titled
-from selfrepair.report.figures.wording import INTERVAL, listing, plural
+from selfrepair.report.figures.wording import INTERVAL, estimate, listing, plural
 from selfrepair.report.page import (
     Picture,
     Table,
@@ -20,10 +18,10 @@ from selfrepair.report.page import (
     data_address,
     interval_cell,
     relative,
-    render,
     script,
     settings,
 )
+from selfrepair.report.templating import render
 from selfrepair.storage import tables
 
 MEASURES = {
@@ -138,6 +136,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
     warned = numerics.filter(pl.col("warning").is_not_null())
     return render(
         "comparison.html.j2",
+        bundle=figure.bundle(),
         title=f"Self-repair: the models of {params['experiment']}",
         experiment=params["experiment"],
         warnings=[f"{r['model']}, {r['dataset']}: {r['warning']}" for r in warned.iter_rows(named=True)],
@@ -168,7 +167,7 @@ def compare(summary: pl.DataFrame) -> list[str]:
             best = repaired.sort("restoration", descending=True).row(0, named=True)
             said.append(
                 f"{head} is restored most at relative depth {best['depth']:.2f} (layer {best['layer']}): "
-                f"{readings.estimate(best, 'restoration')}; intervals above 0 in {repaired.height} of "
+                f"{estimate(best, 'restoration')}; intervals above 0 in {repaired.height} of "
                 f"{here.height} layers with a readable loss."
             )
     return said
