@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from selfrepair.errors import InputError
 from selfrepair.jobs import lifeline
-from selfrepair.planning import grid, runlock, startup, undeclared
+from selfrepair.planning import figure_names, grid, runlock, startup, undeclared
 
 update_config(config, startup.parse_overrides(workflow.config_settings.config))
 PLAN = startup.load_plan(config, workflow.overwrite_configfiles or ["config.yaml"])

@@ -6,7 +6,6 @@ for number, (names, experiments) in enumerate(PLAN.figure_sets().items()):
             "figures" if number == 0 else f"figures_{number + 1}"
         input:
             **grid.summary_paths("{experiment}", "{model}"),
-            numerics=grid.numerics_path("{experiment}", "{model}"),
             clean=PLAN.clean_of,
             tokens=PLAN.tokens_of,
             cells=PLAN.cells_of,

@@ -20,7 +20,9 @@ class FigureEntry:
 
 
 FIGURES = (
-    FigureEntry("restoration-by-layer", "repaired", "How much of each contribution's direct effect comes back"),
+    FigureEntry(
+        "restoration-by-layer", "repaired", "How much of each contribution's direct effect comes back"
+    ),
     FigureEntry("ledger", "repaired", "Where the logit drop comes from"),
     FigureEntry("impact-by-layer", "matters", "What each contribution says and what its ablation costs"),
     FigureEntry("scatter-by-layer", "matters", "Logit drop against Δunembed, layer by layer"),

@@ -67,9 +67,16 @@ def _sections(results: Results) -> list[Section]:
     details = [] if len(results.sources) == 1 else results.sources
     who = [text for source in details for text in _largest_loss(results, source)]
     return [
-        Section("repaired", "How much of each contribution is repaired?", tables=[report_tables.verdicts(results)]),
+        Section(
+            "repaired", "How much of each contribution is repaired?", tables=[report_tables.verdicts(results)]
+        ),
         Section("matters", "Which contributions matter?", sentences.importance(results)),
-        Section("who", "Who repairs?", who or sentences.repairers(results), details=[report_tables.strongest(results)]),
+        Section(
+            "who",
+            "Who repairs?",
+            who or sentences.repairers(results),
+            details=[report_tables.strongest(results)],
+        ),
         Section("dose", "Does repair follow the loss?"),
         Section(
             "ablations",
@@ -78,7 +85,12 @@ def _sections(results: Results) -> list[Section]:
             details=[report_tables.crossings(results)],
         ),
         Section("prompts", "What happens in single prompts?"),
-        Section("trust", "Can the numbers be trusted?", sentences.trust(results), [report_tables.audit(results.numerics)]),
+        Section(
+            "trust",
+            "Can the numbers be trusted?",
+            sentences.trust(results),
+            [report_tables.audit(results.numerics)],
+        ),
     ]
 
 

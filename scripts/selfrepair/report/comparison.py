@@ -7,6 +7,7 @@ import altair as alt
 import polars as pl
 from altair.utils.schemapi import debug_mode
 
+from selfrepair.analysis import thresholds
 from selfrepair.report.figures import controls, curves, figure, theme
 from selfrepair.report.figures.figure import Figure, csv, named, specification
 from selfrepair.report.figures.frames import default_ablation, order_ablations, table, without_control
@@ -18,9 +19,9 @@ from selfrepair.report.page import (
     data_address,
     interval_cell,
     relative,
-    script,
     settings,
 )
+from selfrepair.report.page import picture as embedded_picture
 from selfrepair.report.templating import render
 from selfrepair.storage import tables
 
@@ -118,11 +119,12 @@ def picture(summary: pl.DataFrame, measure: str) -> Figure:
         title=f"{heading} against relative depth",
         caption=(
             f"Every model of the experiment, {unit}. Depth is relative to the last ablated layer. Band: {INTERVAL}; "
-            f"{counts} at most.{clipped} The static picture shows {picked}."
+            f"{counts} at most.{clipped}"
         ),
+        reading="Curves that coincide mean that the models agree at the same relative depth.",
+        shows=picked,
         data=points,
-        interactive=spec,
-        static=titled(spec, f"{heading} against relative depth", picked),
+        spec=spec,
         alt=f"Line plots of {heading.lower()} against relative depth, one line per model.",
     )
 
@@ -145,6 +147,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
         audit=_audit(numerics),
         best=_best(summary),
         pictures=shown,
+        thresholds=thresholds,
         files=[(relative(path, page), "effects per layer with intervals") for path in inputs["layers"]],
         reports=_reports(summary, inputs["layers"], page),
     )
@@ -190,16 +193,8 @@ def _readable(rows: pl.DataFrame, ablation: str, component: str) -> pl.DataFrame
 
 
 def _embedded(shown: Figure) -> Picture:
-    payload = {"name": shown.name, "title": shown.title, "alt": shown.alt, "spec": shown.interactive}
-    return Picture(
-        name=shown.name,
-        title=shown.title,
-        caption=shown.caption,
-        alt=shown.alt,
-        payload=script(payload),
-        still=data_address(figure.svg(shown.static).encode(), "image/svg+xml"),
-        data="",
-    )
+    image = data_address(figure.svg(shown).encode(), "image/svg+xml")
+    return embedded_picture(figure.payload(shown), image)
 
 
 def _facts(params: Mapping[str, Any], layers: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:

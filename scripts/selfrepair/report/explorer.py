@@ -23,7 +23,9 @@ def payload(results: Results, points: pl.DataFrame, tokens: Sequence[str]) -> di
         texts.select("source", "prompt", "text"), on=["source", "prompt"], how="left", maintain_order="left"
     )
     defaults = {source: results.default_ablation(source) for source in results.sources}
-    kept = points.filter(pl.col("ablation") == pl.col("source").replace_strict(defaults)).sort("layer", "component")
+    kept = points.filter(pl.col("ablation") == pl.col("source").replace_strict(defaults)).sort(
+        "layer", "component"
+    )
     sites = kept.select("layer", "component").unique(maintain_order=True).rows()
     ledgers = {
         (source, prompt): group.select(pl.col(TERMS).round_sig_figs(3)).rows()
@@ -32,7 +34,9 @@ def payload(results: Results, points: pl.DataFrame, tokens: Sequence[str]) -> di
     prompts = []
     for source in results.sources:
         chosen = rows.filter(pl.col("source") == source)
-        for row in chosen.filter(pl.col("prompt").is_in(prompts_sample(chosen["prompt"], AT_MOST))).to_dicts():
+        for row in chosen.filter(
+            pl.col("prompt").is_in(prompts_sample(chosen["prompt"], AT_MOST))
+        ).to_dicts():
             prompts.append(
                 {
                     "source": source,
@@ -46,5 +50,9 @@ def payload(results: Results, points: pl.DataFrame, tokens: Sequence[str]) -> di
                 }
             )
     total = results.clean.height
-    sampled = f"{len(prompts)} of {total} prompts, evenly spaced." if len(prompts) < total else f"All {total} prompts."
+    sampled = (
+        f"{len(prompts)} of {total} prompts, evenly spaced."
+        if len(prompts) < total
+        else f"All {total} prompts."
+    )
     return {"ablations": defaults, "sites": sites, "terms": TERMS, "prompts": prompts, "sampled": sampled}

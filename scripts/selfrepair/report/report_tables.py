@@ -58,7 +58,17 @@ def verdicts(results: Results) -> Table:
         values = [interval(row, name) for name in ("delta_unembed", "drop", "loss", "repair", "norm")]
         shares = [interval(row, f"restoration{reading.suffix}") for reading in READINGS]
         rows.append([*keys, cell(kind), *values, *shares, cell(row["adjusted_p"]), cell(row["prompts"])])
-    head = ["source", "ablation", "layer", "component", "class", "Δunembed", "drop T", "direct loss D", "repair R"]
+    head = [
+        "source",
+        "ablation",
+        "layer",
+        "component",
+        "class",
+        "Δunembed",
+        "drop T",
+        "direct loss D",
+        "repair R",
+    ]
     head += ["norm N", "restoration", "own norms", "with norm", "adjusted p", "prompts"]
     return Table(head, rows, "Verdicts: logits and shares with 95 % intervals; T = D − R − N.")
 
@@ -77,8 +87,19 @@ def strongest(results: Results) -> Table:
                     *(change, cell(best["agreement"]), cell(best["prompts"])),
                 ]
             )
-    head = ["source", "layer", "ablated", "class", "strongest repairer", "mean change (logits)", "agreement", "prompts"]
-    caption = "Strongest repairers with an interval that excludes 0; agreement: share of prompts with the same one."
+    head = [
+        "source",
+        "layer",
+        "ablated",
+        "class",
+        "strongest repairer",
+        "mean change (logits)",
+        "agreement",
+        "prompts",
+    ]
+    caption = (
+        "Strongest repairers with an interval that excludes 0; agreement: share of prompts with the same one."
+    )
     return Table(head, rows, caption)
 
 

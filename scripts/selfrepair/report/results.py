@@ -16,7 +16,9 @@ Row = dict[str, Any]
 class Results:
     """Tables of one experiment and model, without the control. Logits; changes are ablated minus clean."""
 
-    verdicts: pl.DataFrame  # summary/verdicts.parquet joined with mean `drop` and `delta_unembed`, with bounds
+    verdicts: (
+        pl.DataFrame
+    )  # summary/verdicts.parquet joined with mean `drop` and `delta_unembed`, with bounds
     layers: pl.DataFrame  # summary/layers.parquet, all prompts
     downstream: pl.DataFrame  # summary/downstream.parquet
     numerics: pl.DataFrame
@@ -32,7 +34,9 @@ class Results:
         """Verdict rows of every source (or one) under its default ablation, by layer and component."""
         sources = self.sources if source is None else (source,)
         parts = [
-            self.verdicts.filter((pl.col("source") == name) & (pl.col("ablation") == self.default_ablation(name)))
+            self.verdicts.filter(
+                (pl.col("source") == name) & (pl.col("ablation") == self.default_ablation(name))
+            )
             for name in sources
         ]
         return pl.concat(parts).to_dicts()

@@ -89,7 +89,8 @@ def _verdict(rows: Sequence[Row]) -> str:
         word = "Yes" if 2 * repaired > len(rows) else "In part"
     return (
         f"{word}: of {plural(len(rows), 'contribution')} that could be repaired by later contributions, {repaired} "
-        f"{_are(repaired)} repaired, {amplified} {_are(amplified)} amplified and {undecided} {_are(undecided)} undecided"
+        f"{_are(repaired)} repaired, {amplified} {_are(amplified)} amplified and {undecided} {_are(undecided)} "
+        "undecided"
     )
 
 
@@ -167,7 +168,9 @@ def importance(results: Results) -> list[str]:
         loud[source] = max(rows, key=lambda row: row["delta_unembed"])
     return [
         _largest(results, costly, "drop", "Ablating {} lowers the target's logit most"),
-        _largest(results, loud, "delta_unembed", "The direct effect of {} on the target's logit is the largest"),
+        _largest(
+            results, loud, "delta_unembed", "The direct effect of {} on the target's logit is the largest"
+        ),
     ]
 
 
@@ -203,8 +206,8 @@ def responsibility(results: Results, row: Row) -> list[str]:
     """Return the sums of the three kinds after one ablation, and the strongest repairer if it is determined."""
     aligned = "back towards its clean value" if row["loss"] > 0 else "back down to its clean value"
     sentences = [
-        f"After ablating {at(results, row)} (direct {_loss(row)} {number(abs(row['loss']))} logits), attenuated erasure "
-        f"moves the logit {aligned} by {estimate(row, 'attenuated')} and woken repair by {estimate(row, 'woken')}; "
+        f"After ablating {at(results, row)} (direct {_loss(row)} {number(abs(row['loss']))} logits), attenuated "
+        f"erasure moves the logit {aligned} by {estimate(row, 'attenuated')} and woken repair by {estimate(row, 'woken')}; "
         f"propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, n = {row['prompts']})."
     ]
     best = strongest(results, row)
@@ -220,7 +223,9 @@ def responsibility(results: Results, row: Row) -> list[str]:
 def strongest(results: Results, row: Row) -> Row | None:
     """Return the strongest repairer of an ablated contribution; None if its interval includes 0."""
     keys = ("source", "ablation", "layer", "component")
-    chosen = results.downstream.filter(pl.all_horizontal([pl.col(key) == row[key] for key in keys]) & pl.col("strongest"))
+    chosen = results.downstream.filter(
+        pl.all_horizontal([pl.col(key) == row[key] for key in keys]) & pl.col("strongest")
+    )
     if not chosen.height:
         return None
     best = chosen.row(0, named=True)

@@ -64,8 +64,8 @@ def build(frames: Frames) -> dict[str, Any]:
         )
         small = 9 if len(frames.ablated) <= 16 else 0
         label = base.transform_calculate(
-            label="isValid(datum.restoration) ? format(datum.restoration, abs(datum.restoration) < 9.95 ? '.1f' : '.0f')"
-            " : ''"
+            label="isValid(datum.restoration) ? "
+            "format(datum.restoration, abs(datum.restoration) < 9.95 ? '.1f' : '.0f') : ''"
         ).mark_text(fontSize=small, color=theme.PAPER_INK)
         return alt.layer(cells, label.encode(x=x, y=y, text="label:N")).properties(
             width=340, height=height, title=f"{theme.COMPONENT[component]} ablated"

@@ -70,7 +70,10 @@ def build(frames: Frames) -> dict[str, Any]:
         alt.hconcat(*[one_layer(component) for component in frames.components]),
         alt.hconcat(*[all_layers(component) for component in frames.components]),
     ).add_params(
-        controls.source(frames), controls.ablation(frames), controls.layer(frames), controls.only_correct(frames)
+        controls.source(frames),
+        controls.ablation(frames),
+        controls.layer(frames),
+        controls.only_correct(frames),
     )
     middle = frames.ablated[len(frames.ablated) // 2]
     return {

@@ -39,8 +39,8 @@ def build(frames: Frames) -> dict[str, Any]:
             f"{wording.sizes(frames)}. (Fig. 7b, d of McGrath et al.)"
         ),
         "reading": (
-            "The slope across prompts mixes two things: prompts with a larger loss also differ in other ways. The slope "
-            "within prompts is the dose response. Neither is the restored share."
+            "The slope across prompts mixes two things: prompts with a larger loss also differ in other ways. The "
+            "slope within prompts is the dose response. Neither is the restored share."
         ),
         "alt": "Line plots over layers of the slopes of repair on direct loss and of the variance explained.",
         "shows": wording.shows(frames, ablation=False),

@@ -14,9 +14,7 @@ ROWS = (
 
 def build(frames: Frames) -> dict[str, Any]:
     """Measures x components, a line per ablation."""
-    table = curves.melted(
-        frames.all_prompts(), [*CELL, "prompts", "draws"], [row.measure for row in ROWS]
-    )
+    table = curves.melted(frames.all_prompts(), [*CELL, "prompts", "draws"], [row.measure for row in ROWS])
     drawing = curves.grid(frames, table, ROWS, curves.by_ablation(frames))
     return {
         "caption": (

@@ -29,7 +29,9 @@ def _limits(table: pl.DataFrame) -> Any:
     )
 
     def book(column: str) -> str:
-        pairs = {f"{row['source']} {row['ablation']}": max(row[column] or 0, 1e-9) for row in sizes.to_dicts()}
+        pairs = {
+            f"{row['source']} {row['ablation']}": max(row[column] or 0, 1e-9) for row in sizes.to_dicts()
+        }
         return f"{json.dumps({key: float(f'{size:.3g}') for key, size in pairs.items()})}[which]"
 
     which = f"{controls.SOURCE} + ' ' + {controls.ABLATION}"
@@ -57,7 +59,9 @@ def build(frames: Frames) -> dict[str, Any]:
         every = alt.Scale(domain=list(range(frames.n_layers)), paddingInner=0.04)
         x = alt.X("downstream_layer:O", title=f"{theme.COMPONENT[later]} of layer …", scale=every, axis=axis)
         ablated = alt.Scale(domain=list(frames.ablated), paddingInner=0.04)
-        y = alt.Y("layer:O", title=f"{theme.COMPONENT[component]} ablated at layer …", scale=ablated, axis=axis)
+        y = alt.Y(
+            "layer:O", title=f"{theme.COMPONENT[component]} ablated at layer …", scale=ablated, axis=axis
+        )
         # Symmetric: a pale cell is a small change of either sign.
         colours = alt.Scale(
             range=list(theme.DIVERGING_STRONG),

@@ -135,15 +135,16 @@ def build(frames: Frames) -> dict[str, Any]:
     words = shown.mark_text(align="left", fontSize=12, color=theme.INK, limit=760).encode(
         x=alt.value(0), y=alt.value(8), text="line:N"
     )
-    drawing = (
-        alt.vconcat(
-            words.properties(width=760, height=16, view=alt.ViewConfig(stroke=None)),
-            alt.hconcat(*[panel(read) for read in COMPONENTS]).resolve_scale(color="shared", y="shared"),
-        )
-        .add_params(prompt, controls.layer(frames, middle, "ablated layer"), controls.component(frames, component))
+    drawing = alt.vconcat(
+        words.properties(width=760, height=16, view=alt.ViewConfig(stroke=None)),
+        alt.hconcat(*[panel(read) for read in COMPONENTS]).resolve_scale(color="shared", y="shared"),
+    ).add_params(
+        prompt, controls.layer(frames, middle, "ablated layer"), controls.component(frames, component)
     )
     kinds = dict.fromkeys(frames.default_ablation(source) for source in frames.sources)
-    first = f"{labels[0]}, {theme.COMPONENT[component]} of layer {middle} ablated ({frames.default_ablation()})"
+    first = (
+        f"{labels[0]}, {theme.COMPONENT[component]} of layer {middle} ablated ({frames.default_ablation()})"
+    )
     return {
         "caption": (
             "Direct effect of every layer on the target's logit in the clean run (before) and with one contribution "
@@ -162,7 +163,7 @@ def build(frames: Frames) -> dict[str, Any]:
 def _label(row: dict[str, Any]) -> str:
     """Return `…speak → “ Arabic”`."""
     text, target = row["text"], " ".join(str(row["target"]).split())
-    end = text if len(text) <= LABEL else f"…{text[1 - LABEL:]}"
+    end = text if len(text) <= LABEL else f"…{text[1 - LABEL :]}"
     return f"{end} → “{target}”"
 
 

@@ -43,7 +43,10 @@ def build(frames: Frames) -> dict[str, Any]:
                     legend=legend,
                 ),
                 strokeDash=alt.StrokeDash(
-                    "series:N", title="ablation", scale=alt.Scale(domain=list(colours), range=dashes), legend=legend
+                    "series:N",
+                    title="ablation",
+                    scale=alt.Scale(domain=list(colours), range=dashes),
+                    legend=legend,
                 ),
                 tooltip=[
                     alt.Tooltip("series:N", title="ablation"),

@@ -26,7 +26,10 @@ def data(frames: Frames) -> pl.DataFrame:
         **{name: pl.col(f"unembed_own_norm_{name}") for name in COMPONENTS},
     ).explode("layer", *COMPONENTS)
     own = own.unpivot(
-        COMPONENTS, index=["source", "prompt", "layer"], variable_name="component", value_name="unembed_own_norm"
+        COMPONENTS,
+        index=["source", "prompt", "layer"],
+        variable_name="component",
+        value_name="unembed_own_norm",
     )
     table = frames.prompts.select(
         *CELL,

@@ -24,8 +24,8 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
     line = span.transform_calculate(end="[datum.lo, datum.hi]").transform_flatten(["end"])
     diagonal = line.mark_line(strokeDash=[5, 4], color=theme.MUTED).encode(x="end:Q", y="end:Q")
     zero = alt.Chart(alt.InlineData(values=[{"at": 0}]))
-    rule = {"color": theme.MUTED, "opacity": 0.7}
-    axes = [zero.mark_rule(**rule).encode(y="at:Q"), zero.mark_rule(**rule).encode(x="at:Q")]
+    rule = zero.mark_rule(color=theme.MUTED, opacity=0.7)
+    axes = [rule.encode(y="at:Q"), rule.encode(x="at:Q")]
     places = (
         "[{t: '%s', x: datum.hi, y: datum.hi * 0.3, on: datum.x1 > datum.gap},"
         " {t: '%s', x: datum.hi * 0.75, y: datum.hi, on: datum.x1 > datum.gap || datum.y1 > datum.gap},"
@@ -34,7 +34,9 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
     names = (
         span.transform_calculate(place=places)
         .transform_flatten(["place"])
-        .transform_calculate(label="datum.place.on ? datum.place.t : ''", tx="datum.place.x", ty="datum.place.y")
+        .transform_calculate(
+            label="datum.place.on ? datum.place.t : ''", tx="datum.place.x", ty="datum.place.y"
+        )
         .mark_text(align="right", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
         .encode(x="tx:Q", y="ty:Q", text="label:N")
     )

@@ -34,7 +34,9 @@ def off_scale(base: Any, size: str, **position: Any) -> Any:
     return (
         base.transform_filter("datum.off")
         .transform_calculate(label=f"(datum.{size} > 0 ? '▲ ' : '▼ ') + format(datum.{size}, '.3~r')")
-        .mark_text(fontSize=10, fontWeight="bold", color=theme.INK, dy=alt.ExprRef("datum.shown > 0 ? -7 : 9"))
+        .mark_text(
+            fontSize=10, fontWeight="bold", color=theme.INK, dy=alt.ExprRef("datum.shown > 0 ? -7 : 9")
+        )
         .encode(text="label:N", **position)
     )
 

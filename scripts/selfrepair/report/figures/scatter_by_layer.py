@@ -29,8 +29,12 @@ def build(frames: Frames) -> dict[str, Any]:
     )
     highlight = controls.legend_highlight()
     legend = alt.Legend(orient="bottom", columns=4, symbolSize=70)
-    colour = alt.Color("ablation:N", scale=theme.ablation_scale(frames.ablations), title="ablation", legend=legend)
-    shape = alt.Shape("ablation:N", scale=theme.shape_scale(frames.ablations), title="ablation", legend=legend)
+    colour = alt.Color(
+        "ablation:N", scale=theme.ablation_scale(frames.ablations), title="ablation", legend=legend
+    )
+    shape = alt.Shape(
+        "ablation:N", scale=theme.shape_scale(frames.ablations), title="ablation", legend=legend
+    )
     x = alt.X("x:Q", title=theme.UNEMBED, scale=alt.Scale(zero=False))
     y = alt.Y("y:Q", title=theme.DROP, scale=alt.Scale(zero=False))
     dots = (

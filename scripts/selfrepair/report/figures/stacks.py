@@ -20,7 +20,9 @@ def stacked(table: pl.DataFrame) -> pl.DataFrame:
     sign = pl.col("value") >= 0
     total = pl.col("term") == TOTAL
     part = pl.when(total).then(0.0).otherwise(pl.col("value").fill_null(0.0))
-    ends = table.with_columns(part=part, sign=sign).with_columns(top=pl.col("part").cum_sum().over(*CELL, "sign"))
+    ends = table.with_columns(part=part, sign=sign).with_columns(
+        top=pl.col("part").cum_sum().over(*CELL, "sign")
+    )
     ends = ends.with_columns(bottom=pl.col("top") - pl.col("part"))
     reach = pl.max_horizontal(pl.col("top").abs(), pl.col("value").abs()).max().over(CELL)
     return ends.with_columns(reach=reach).drop("part", "sign")
@@ -63,9 +65,9 @@ def panels(frames: Frames, table: pl.DataFrame, colours: dict[str, str], title: 
             x=x, y="shown_value:Q", shape=kind, tooltip=tooltip
         )
         zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y="at:Q")
-        return alt.layer(bars, zero, interval, mark, scales.off_scale(total, "value", x=x, y="shown_value:Q")).properties(
-            width=340, height=240, title=f"{theme.COMPONENT[component]} ablated"
-        )
+        return alt.layer(
+            bars, zero, interval, mark, scales.off_scale(total, "value", x=x, y="shown_value:Q")
+        ).properties(width=340, height=240, title=f"{theme.COMPONENT[component]} ablated")
 
     return alt.hconcat(*[panel(name) for name in frames.components]).add_params(
         controls.source(frames), controls.ablation(frames)

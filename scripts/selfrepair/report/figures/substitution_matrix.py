@@ -111,8 +111,8 @@ def build(frames: Frames) -> dict[str, Any]:
     return {
         "caption": (
             "Row: the data set whose prompts are run; column: the origin of the replacing activations (in brackets: "
-            "ablations without a data set). Left: mean logit drop over the chosen layers. Right: number of these layers "
-            "whose contribution is repaired · amplified / of those that could be repaired. Intervals (95 %) per layer "
+            "ablations without a data set). Left: mean logit drop over the chosen layers. Right: number of these "
+            "layers whose contribution is repaired · amplified / of those that could be repaired. Intervals (95 %) per layer "
             f"are in the data file. {wording.sizes(frames)}."
         ),
         "reading": (

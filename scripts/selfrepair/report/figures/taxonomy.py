@@ -40,7 +40,9 @@ def build(frames: Frames) -> dict[str, Any]:
     """Stacked bars per ablated layer."""
     table = data(frames)
     drawn = stacks.stacked(table)
-    drawing = stacks.panels(frames, drawn, COLOURS, "change of later direct effects (logits)", "later contributions")
+    drawing = stacks.panels(
+        frames, drawn, COLOURS, "change of later direct effects (logits)", "later contributions"
+    )
     return {
         "caption": (
             "Changes of all later contributions' direct effects, aligned with the sign of the ablated contribution's "
