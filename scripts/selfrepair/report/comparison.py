@@ -99,15 +99,12 @@ def picture(summary: pl.DataFrame, measure: str) -> Figure:
         )
 
     components = [name for name in theme.COMPONENT if name in set(points["component"])]
-    chart = (
-        alt.hconcat(*[panel(component) for component in components])
-        .resolve_scale(y="shared")
-        .add_params(
-            controls.choice(controls.SOURCE, "source", sources, sources[0]),
-            controls.choice(controls.ABLATION, "ablation", ablations, first),
-        )
+    chart = alt.hconcat(*[panel(component) for component in components]).resolve_scale(y="shared")
+    params = (
+        controls.choice(controls.SOURCE, "source", sources, sources[0]),
+        controls.choice(controls.ABLATION, "ablation", ablations, first),
     )
-    spec = specification(chart, {"curves": csv(points)})
+    spec = specification(chart, {"curves": csv(points)}, *params)
     picked = f"source {sources[0]}, ablation {first}"
     counts = listing(
         f"{model}: n = {plural(most_prompts(points.filter(pl.col('model') == model)), 'prompt')}"

@@ -207,8 +207,8 @@ def responsibility(results: Results, row: Row) -> list[str]:
     aligned = "back towards its clean value" if row["loss"] > 0 else "back down to its clean value"
     sentences = [
         f"After ablating {at(results, row)} (direct {_loss(row)} {number(abs(row['loss']))} logits), attenuated "
-        f"erasure moves the logit {aligned} by {estimate(row, 'attenuated')} and woken repair by {estimate(row, 'woken')}; "
-        f"propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, n = {row['prompts']})."
+        f"erasure moves the logit {aligned} by {estimate(row, 'attenuated')} and woken repair by "
+        f"{estimate(row, 'woken')}; propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, n = {row['prompts']})."
     ]
     best = strongest(results, row)
     if best:

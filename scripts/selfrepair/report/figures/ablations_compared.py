@@ -71,10 +71,11 @@ def build(frames: Frames) -> dict[str, Any]:
             width=340, height=height, title=f"{theme.COMPONENT[component]} ablated"
         )
 
-    drawing = alt.hconcat(*[panel(name) for name in frames.components]).add_params(
+    params = (
         controls.source(frames),
         controls.choice(READING, "reading", list(READINGS), "clean", ["repair", "own norm", "with the norm"]),
     )
+    drawing = alt.hconcat(*[panel(name) for name in frames.components])
     return {
         "caption": (
             "Class of every contribution under every ablation; the number is the restoration. "
@@ -87,5 +88,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Grids of classes, ablation by layer, for attention and MLP.",
         "shows": f"{wording.shows(frames, ablation=False)}, reading clean",
         "data": table,
-        "spec": specification(drawing, {"classes": csv(table)}),
+        "spec": specification(drawing, {"classes": csv(table)}, *params),
     }

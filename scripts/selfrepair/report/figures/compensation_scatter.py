@@ -66,14 +66,15 @@ def build(frames: Frames) -> dict[str, Any]:
             width=330, height=260, title=f"{theme.COMPONENT[component]} ablated, all layers"
         )
 
-    drawing = alt.vconcat(
-        alt.hconcat(*[one_layer(component) for component in frames.components]),
-        alt.hconcat(*[all_layers(component) for component in frames.components]),
-    ).add_params(
+    params = (
         controls.source(frames),
         controls.ablation(frames),
         controls.layer(frames),
         controls.only_correct(frames),
+    )
+    drawing = alt.vconcat(
+        alt.hconcat(*[one_layer(component) for component in frames.components]),
+        alt.hconcat(*[all_layers(component) for component in frames.components]),
     )
     middle = frames.ablated[len(frames.ablated) // 2]
     return {
@@ -90,5 +91,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Scatter plots of repair against direct loss: one layer with its fitted line, and all layers by depth.",
         "shows": wording.shows(frames, layer=middle),
         "data": cloud.data.select(*CELL, "prompt", "draws", "loss", "repair"),
-        "spec": specification(drawing, {**cloud.datasets(), "fits": csv(lines)}),
+        "spec": specification(drawing, {**cloud.datasets(), "fits": csv(lines)}, *params),
     }

@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from selfrepair.report.figures import curves, scales, wording
+from selfrepair.report.figures import controls, curves, scales, wording
 from selfrepair.report.figures.figure import csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -45,5 +45,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Line plots over layers of the slopes of repair on direct loss and of the variance explained.",
         "shows": wording.shows(frames, ablation=False),
         "data": table,
-        "spec": specification(drawing, {"curves": csv(table)}),
+        "spec": specification(drawing, {"curves": csv(table)}, controls.source(frames)),
     }

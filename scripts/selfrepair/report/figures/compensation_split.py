@@ -59,5 +59,7 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Line plots over layers of mean repair, slope and r² for later attention and later MLPs.",
         "shows": wording.shows(frames),
         "data": table,
-        "spec": specification(drawing.add_params(controls.ablation(frames)), {"curves": csv(table)}),
+        "spec": specification(
+            drawing, {"curves": csv(table)}, controls.source(frames), controls.ablation(frames)
+        ),
     }

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from selfrepair.report.figures import curves, wording
+from selfrepair.report.figures import controls, curves, wording
 from selfrepair.report.figures.figure import csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -29,5 +29,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Line plots over layers of the correlation and of the share of prompts that cost less than they say.",
         "shows": wording.shows(frames, ablation=False),
         "data": table,
-        "spec": specification(drawing, {"curves": csv(table)}),
+        "spec": specification(drawing, {"curves": csv(table)}, controls.source(frames)),
     }

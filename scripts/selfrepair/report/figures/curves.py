@@ -51,7 +51,7 @@ def grid(frames: Frames, table: pl.DataFrame, measures: Sequence[Row], series: S
             ).resolve_scale(y="shared")
             for row in measures
         ]
-        return alt.vconcat(*rows).add_params(controls.source(frames))
+        return alt.vconcat(*rows)
 
 
 def _panel(

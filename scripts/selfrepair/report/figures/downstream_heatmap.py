@@ -110,11 +110,12 @@ def build(frames: Frames) -> dict[str, Any]:
         return alt.layer(cells, best).properties(width=SIDE, height=height)
 
     grid = [alt.hconcat(*[panel(name, later) for later in COMPONENTS]) for name in frames.components]
-    drawing = (
-        alt.vconcat(*grid)
-        .resolve_scale(color="shared")
-        .add_params(controls.source(frames), controls.ablation(frames), _limits(table))
+    params = (
+        controls.source(frames),
+        controls.ablation(frames),
+        _limits(table),
     )
+    drawing = alt.vconcat(*grid).resolve_scale(color="shared")
     return {
         "caption": (
             "Mean change (ablated − clean) of each later contribution's direct effect on the target's logit, one row "
@@ -129,5 +130,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Heatmaps of the mean change of direct effects, ablated layer by later layer.",
         "shows": wording.shows(frames),
         "data": table,
-        "spec": specification(drawing, {"changes": rows(lists), "strongest": csv(strongest)}),
+        "spec": specification(drawing, {"changes": rows(lists), "strongest": csv(strongest)}, *params),
     }

@@ -51,14 +51,17 @@ def chart(name: str, frame: pl.DataFrame, *conditions: str) -> alt.Chart:
     return base.transform_filter(" && ".join(where)) if where else base
 
 
-def specification(drawing: Any, datasets: Mapping[str, str | list[dict[str, Any]]]) -> Spec:
-    """Return the Vega-Lite specification of `drawing` with `datasets` (CSV text or rows) inside.
+def specification(drawing: Any, datasets: Mapping[str, str | list[dict[str, Any]]], *params: Any) -> Spec:
+    """Return the Vega-Lite specification of `drawing` with `datasets` (CSV text or rows) and `params` inside.
 
-    The data are added last, so that altair does not walk over every row.
+    Parameters, configuration and data are added to the finished specification: altair would copy a whole chart for
+    every parameter, and walk over every row.
     """
-    drawing = drawing.add_params(controls.left_out(), controls.full_scale())
-    spec = drawing.configure(**theme.config()).to_dict(validate=False)
+    spec = drawing.to_dict(validate=False)
     spec.pop("$schema", None)  # an address, never needed
+    added = [control.param.to_dict() for control in (*params, controls.left_out(), controls.full_scale())]
+    spec["params"] = [*added, *spec.get("params", [])]
+    spec["config"] = theme.config()
     spec["datasets"] = {**spec.get("datasets", {}), **datasets}
     return dict(spec)
 

@@ -135,11 +135,14 @@ def build(frames: Frames) -> dict[str, Any]:
     words = shown.mark_text(align="left", fontSize=12, color=theme.INK, limit=760).encode(
         x=alt.value(0), y=alt.value(8), text="line:N"
     )
+    params = (
+        prompt,
+        controls.layer(frames, middle, "ablated layer"),
+        controls.component(frames, component),
+    )
     drawing = alt.vconcat(
         words.properties(width=760, height=16, view=alt.ViewConfig(stroke=None)),
         alt.hconcat(*[panel(read) for read in COMPONENTS]).resolve_scale(color="shared", y="shared"),
-    ).add_params(
-        prompt, controls.layer(frames, middle, "ablated layer"), controls.component(frames, component)
     )
     kinds = dict.fromkeys(frames.default_ablation(source) for source in frames.sources)
     first = (
@@ -156,7 +159,9 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Line plots of the direct effect per layer before and after an ablation of one prompt.",
         "shows": first,
         "data": table.drop("key"),
-        "spec": specification(drawing, {"before": csv(before), "after": rows(after), "texts": csv(texts)}),
+        "spec": specification(
+            drawing, {"before": csv(before), "after": rows(after), "texts": csv(texts)}, *params
+        ),
     }
 
 

@@ -78,9 +78,12 @@ def build(frames: Frames) -> dict[str, Any]:
         alt.hconcat(*[panel(component, measure) for measure in MEASURES]).resolve_scale(y="shared")
         for component in frames.components
     ]
-    drawing = alt.vconcat(*grid).add_params(
-        controls.source(frames), controls.ablation(frames), controls.only_correct(frames)
+    params = (
+        controls.source(frames),
+        controls.ablation(frames),
+        controls.only_correct(frames),
     )
+    drawing = alt.vconcat(*grid)
     return {
         "caption": (
             f"A thin line is a prompt (at most {LINES} shown), the thick line the mean over all prompts, the band its "
@@ -93,5 +96,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Line plots of Δunembed and logit drop per layer with per-prompt lines and the mean.",
         "shows": wording.shows(frames),
         "data": cloud.data,
-        "spec": specification(drawing, {**cloud.datasets(), "means": csv(average)}),
+        "spec": specification(drawing, {**cloud.datasets(), "means": csv(average)}, *params),
     }

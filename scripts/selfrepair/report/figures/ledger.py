@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from selfrepair.report.figures import scales, stacks, theme, wording
+from selfrepair.report.figures import controls, scales, stacks, theme, wording
 from selfrepair.report.figures.figure import csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -52,5 +52,7 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Stacked bars per layer of the four parts of the logit drop, with the total marked.",
         "shows": wording.shows(frames),
         "data": table,
-        "spec": specification(drawing, {"stacks": csv(drawn, digits=6)}),
+        "spec": specification(
+            drawing, {"stacks": csv(drawn, digits=6)}, controls.source(frames), controls.ablation(frames)
+        ),
     }

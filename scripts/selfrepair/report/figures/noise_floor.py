@@ -58,11 +58,8 @@ def build(frames: Frames) -> dict[str, Any]:
             .properties(width=340, height=220, title=f"{theme.COMPONENT[component]} ablated")
         )
 
-    drawing = (
-        alt.hconcat(*[panel(name) for name in frames.components])
-        .resolve_scale(y="shared")
-        .add_params(controls.source(frames))
-    )
+    params = (controls.source(frames),)
+    drawing = alt.hconcat(*[panel(name) for name in frames.components]).resolve_scale(y="shared")
     zeros = f" An exact 0 ({wording.plural(exact, 'cell')}) is drawn at {SMALLEST:.0e}." if exact else ""
     return {
         "caption": (
@@ -74,5 +71,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Line plots on a logarithmic axis of the rms effect per layer and of the noise floor.",
         "shows": wording.shows(frames, ablation=False),
         "data": frames.size,
-        "spec": specification(drawing, {"size": csv(table)}),
+        "spec": specification(drawing, {"size": csv(table)}, *params),
     }

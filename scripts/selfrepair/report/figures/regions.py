@@ -27,10 +27,10 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
     rule = zero.mark_rule(color=theme.MUTED, opacity=0.7)
     axes = [rule.encode(y="at:Q"), rule.encode(x="at:Q")]
     places = (
-        "[{t: '%s', x: datum.hi, y: datum.hi * 0.3, on: datum.x1 > datum.gap},"
-        " {t: '%s', x: datum.hi * 0.75, y: datum.hi, on: datum.x1 > datum.gap || datum.y1 > datum.gap},"
-        " {t: '%s', x: datum.hi, y: datum.lo * 0.6, on: datum.x1 > datum.gap && datum.lo < -datum.gap}]"
-    ) % (LESS, MORE, SIGN)
+        f"[{{t: '{LESS}', x: datum.hi, y: datum.hi * 0.3, on: datum.x1 > datum.gap}},"
+        f" {{t: '{MORE}', x: datum.hi * 0.75, y: datum.hi, on: datum.x1 > datum.gap || datum.y1 > datum.gap}},"
+        f" {{t: '{SIGN}', x: datum.hi, y: datum.lo * 0.6, on: datum.x1 > datum.gap && datum.lo < -datum.gap}}]"
+    )
     names = (
         span.transform_calculate(place=places)
         .transform_flatten(["place"])

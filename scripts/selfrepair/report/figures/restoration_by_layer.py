@@ -39,5 +39,7 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Line plots over layers of the restored share in three readings, with intervals.",
         "shows": wording.shows(frames),
         "data": table,
-        "spec": specification(drawing.add_params(controls.ablation(frames)), {"curves": csv(table)}),
+        "spec": specification(
+            drawing, {"curves": csv(table)}, controls.source(frames), controls.ablation(frames)
+        ),
     }

@@ -34,10 +34,13 @@ def build(frames: Frames) -> dict[str, Any]:
         layers = regions.marks(base, "shown_unembed", "shown_drop")
         return alt.layer(*layers, dots).properties(width=330, height=330, title=theme.COMPONENT[component])
 
-    drawing = (
-        alt.hconcat(*[panel(component) for component in frames.components])
-        .resolve_scale(color="shared")
-        .add_params(controls.source(frames), controls.ablation(frames), controls.only_correct(frames))
+    params = (
+        controls.source(frames),
+        controls.ablation(frames),
+        controls.only_correct(frames),
+    )
+    drawing = alt.hconcat(*[panel(component) for component in frames.components]).resolve_scale(
+        color="shared"
     )
     return {
         "caption": (
@@ -49,5 +52,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Scatter plots of logit drop against Δunembed for attention and MLP, coloured by layer.",
         "shows": wording.shows(frames),
         "data": cloud.data,
-        "spec": specification(drawing, cloud.datasets()),
+        "spec": specification(drawing, cloud.datasets(), *params),
     }

@@ -66,17 +66,16 @@ def build(frames: Frames) -> dict[str, Any]:
             ],
         )
     )
-    drawing = (
-        alt.layer(*regions.marks(base, "x", "y", size=12), dots, means)
-        .properties(width=520, height=430)
-        .add_params(
-            controls.source(frames),
-            controls.component(frames),
-            controls.layer(frames),
-            controls.window(frames),
-            controls.checkbox(OWN_NORM, "Δunembed with the contribution's own norm"),
-            controls.only_correct(frames),
-        )
+    params = (
+        controls.source(frames),
+        controls.component(frames),
+        controls.layer(frames),
+        controls.window(frames),
+        controls.checkbox(OWN_NORM, "Δunembed with the contribution's own norm"),
+        controls.only_correct(frames),
+    )
+    drawing = alt.layer(*regions.marks(base, "x", "y", size=12), dots, means).properties(
+        width=520, height=430
     )
     middle = frames.ablated[len(frames.ablated) // 2]
     return {
@@ -89,5 +88,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Scatter plot of logit drop against Δunembed, one colour per ablation, with the diagonal.",
         "shows": f"{wording.shows(frames, ablation=False, layer=middle)}, {theme.COMPONENT[frames.components[-1]]}",
         "data": cloud.data,
-        "spec": specification(drawing, cloud.datasets()),
+        "spec": specification(drawing, cloud.datasets(), *params),
     }

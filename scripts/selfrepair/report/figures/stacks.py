@@ -69,6 +69,4 @@ def panels(frames: Frames, table: pl.DataFrame, colours: dict[str, str], title: 
             bars, zero, interval, mark, scales.off_scale(total, "value", x=x, y="shown_value:Q")
         ).properties(width=340, height=240, title=f"{theme.COMPONENT[component]} ablated")
 
-    return alt.hconcat(*[panel(name) for name in frames.components]).add_params(
-        controls.source(frames), controls.ablation(frames)
-    )
+    return alt.hconcat(*[panel(name) for name in frames.components])

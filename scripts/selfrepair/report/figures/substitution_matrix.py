@@ -100,20 +100,17 @@ def build(frames: Frames) -> dict[str, Any]:
         for component in frames.components
     ]
     layers = frames.ablated
-    drawing = (
-        alt.vconcat(*grid)
-        .resolve_scale(color="independent")
-        .add_params(
-            controls.layer(frames, layers[0], "from layer"),
-            controls.window(frames, layers[-1] - layers[0] + 1),
-        )
+    params = (
+        controls.layer(frames, layers[0], "from layer"),
+        controls.window(frames, layers[-1] - layers[0] + 1),
     )
+    drawing = alt.vconcat(*grid).resolve_scale(color="independent")
     return {
         "caption": (
             "Row: the data set whose prompts are run; column: the origin of the replacing activations (in brackets: "
             "ablations without a data set). Left: mean logit drop over the chosen layers. Right: number of these "
-            "layers whose contribution is repaired · amplified / of those that could be repaired. Intervals (95 %) per layer "
-            f"are in the data file. {wording.sizes(frames)}."
+            "layers whose contribution is repaired · amplified / of those that could be repaired. Intervals (95 %) per "
+            f"layer are in the data file. {wording.sizes(frames)}."
         ),
         "reading": (
             "A small drop means that the activations can stand in. Left, orange is a drop and blue a gain; right, blue "
@@ -122,5 +119,5 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Matrices of mean logit drop and of classes, source data set by replacing data set.",
         "shows": f"the average over all {len(layers)} ablated layers",
         "data": table,
-        "spec": specification(drawing, {"cells": csv(carried)}),
+        "spec": specification(drawing, {"cells": csv(carried)}, *params),
     }

@@ -4,7 +4,7 @@ from typing import Any
 
 import polars as pl
 
-from selfrepair.report.figures import scales, stacks, theme, wording
+from selfrepair.report.figures import controls, scales, stacks, theme, wording
 from selfrepair.report.figures.figure import csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -18,7 +18,7 @@ def data(frames: Frames) -> pl.DataFrame:
     All signs are aligned with the component's clean direct effect: above 0 pushes the logit back.
     """
     kept = frames.verdicts
-    aligned = pl.sum_horizontal(KINDS)
+    aligned = pl.sum_horizontal(*KINDS)
     parts = [
         kept.select(
             *CELL,
@@ -55,5 +55,7 @@ def build(frames: Frames) -> dict[str, Any]:
         "alt": "Stacked bars per ablated layer of attenuated erasure, woken repair and propagated loss.",
         "shows": wording.shows(frames),
         "data": table,
-        "spec": specification(drawing, {"stacks": csv(drawn, digits=6)}),
+        "spec": specification(
+            drawing, {"stacks": csv(drawn, digits=6)}, controls.source(frames), controls.ablation(frames)
+        ),
     }
