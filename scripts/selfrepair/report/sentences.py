@@ -208,7 +208,8 @@ def responsibility(results: Results, row: Row) -> list[str]:
     sentences = [
         f"After ablating {at(results, row)} (direct {_loss(row)} {number(abs(row['loss']))} logits), attenuated "
         f"erasure moves the logit {aligned} by {estimate(row, 'attenuated')} and woken repair by "
-        f"{estimate(row, 'woken')}; propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, n = {row['prompts']})."
+        f"{estimate(row, 'woken')}; propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, "
+        f"n = {row['prompts']})."
     ]
     best = strongest(results, row)
     if best:
