@@ -1,6 +1,6 @@
-"""Every figure's data against NumPy on a synthetic tree, and what the pictures really hold."""
+"""Every figure's data against NumPy on a synthetic tree, and the marks of the drawn pictures."""
 
-import csv
+import copy
 import io
 import json
 import re
@@ -11,34 +11,41 @@ import altair as alt
 import numpy as np
 import polars as pl
 import pytest
+import reporting
 import synthetic
 import vl_convert
 from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import figures as stage
 from selfrepair.jobs.stages import summary as summary_stage
-from selfrepair.planning.figure_names import files, names
+from selfrepair.planning import figure_names
 from selfrepair.report.figures import (
-    compensation,
+    compensation_scatter,
+    compensation_slopes,
+    compensation_split,
     controls,
-    correlation,
-    downstream,
-    examples,
+    downstream_heatmap,
     figure,
     frames,
-    impact,
+    impact_before_after,
+    impact_by_layer,
     ledger,
-    noise,
-    scatter,
-    substitution,
+    points,
+    scales,
+    stacks,
+    substitution_matrix,
+    taxonomy,
     theme,
     wording,
 )
-from selfrepair.report.figures.build import BUILDERS, build
+from selfrepair.report.figures.build import build
 from selfrepair.storage import tables
 
-PLAN = synthetic.Plan(datasets=("facts", "python"), layers=5, prompts=12, draws=3)
-SOURCE, ABLATION, LAYER, COMPONENT = "python", "replace-facts", 2, "attn"
+PLAN = synthetic.Plan(
+    datasets=("facts", "python"), layers=4, prompts=10, draws=2, ablations=("zero", "replace")
+)
+SOURCE, ABLATION, LAYER, COMPONENT = "python", "replace-facts", 1, "attn"
+NAMES = figure_names.names(2, PLAN.expanded())
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +55,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Run:
     return run
 
 
-def inputs(run: synthetic.Run) -> dict[str, Any]:
-    given = run.summary_job()
-    outputs = {key: given["output"][key] for key in ("layers", "downstream", "numerics")}
-    return {**outputs, "clean": given["input"]["clean"], "cells": given["input"]["cells"]}
+def read(run: synthetic.Run) -> frames.Frames:
+    given = reporting.figures_job(run, []).input
+    return frames.read(frames.Inputs(**{k: v for k, v in given.items() if k != "numerics"}))
 
 
 @pytest.fixture(scope="module")
 def data(run: synthetic.Run) -> frames.Frames:
-    return frames.read(**inputs(run))
+    return read(run)
 
 
 @pytest.fixture(scope="module")
@@ -65,25 +71,21 @@ def cell(run: synthetic.Run) -> dict[str, np.ndarray]:
     table = pl.read_parquet(run.cell(SOURCE, ABLATION, LAYER)).filter(pl.col("component") == COMPONENT)
     table = table.sort("prompt", "draw")
     shape = (PLAN.prompts, PLAN.draws)
-    found = {name: table[name].to_numpy().astype(float).reshape(shape) for name in EFFECT_COLUMNS}
+    arrays = {name: table[name].to_numpy().astype(float).reshape(shape) for name in EFFECT_COLUMNS}
     for name in ("downstream_attn", "downstream_mlp"):
-        found[name] = np.array(table[name].to_list()).reshape(*shape, PLAN.layers)
-    return found | {"prompt": table["prompt"].to_numpy().reshape(shape)[:, 0]}
+        arrays[name] = np.array(table[name].to_list()).reshape(*shape, PLAN.layers)
+    return arrays | {"prompt": table["prompt"].to_numpy().reshape(shape)[:, 0]}
 
 
 def here(frame: pl.DataFrame) -> pl.DataFrame:
     """The rows of the one cell."""
-    return frame.filter(
-        (pl.col("source") == SOURCE)
-        & (pl.col("ablation") == ABLATION)
-        & (pl.col("layer") == LAYER)
-        & (pl.col("component") == COMPONENT)
-    )
+    keys = {"source": SOURCE, "ablation": ABLATION, "layer": LAYER, "component": COMPONENT}
+    return frame.filter(pl.all_horizontal([pl.col(name) == value for name, value in keys.items()]))
 
 
 def marks(spec: dict[str, Any], kind: str) -> int:
     """How many items of a mark (symbol, rect, ...) the drawn picture holds."""
-    scene = vl_convert.vegalite_to_scenegraph(theme.on_paper(json.loads(json.dumps(spec))))
+    scene = vl_convert.vegalite_to_scenegraph(theme.on_paper(copy.deepcopy(spec)))
 
     def count(node: Any) -> int:
         if isinstance(node, list):
@@ -96,224 +98,247 @@ def marks(spec: dict[str, Any], kind: str) -> int:
     return count(scene)
 
 
-# The data behind each figure
+def setting(spec: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The specification with other values of its controls."""
+    changed = copy.deepcopy(spec)
+    for name, value in values.items():
+        next(param for param in changed["params"] if param["name"] == name)["value"] = value
+    return changed
 
 
-def test_scatter_holds_every_prompt(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
-    table = here(scatter.data(data)).sort("prompt")
+# The data behind the figures
+
+
+def test_points_are_means_over_draws_and_close_the_ledger(
+    data: frames.Frames, cell: dict[str, np.ndarray]
+) -> None:
+    every = points.data(data)
+    table = here(every).sort("prompt")
     assert table["prompt"].to_list() == cell["prompt"].tolist()
     np.testing.assert_allclose(table["drop"], -cell["delta_ablate"].mean(1), rtol=1e-12)
-    np.testing.assert_allclose(table["delta_unembed"], cell["delta_unembed"][:, 0], rtol=1e-12)
-    assert set(table["draws"]) == {PLAN.draws}
-    cells = len(PLAN.datasets) * (len(PLAN.expanded()) - 1) * PLAN.layers * 2
-    assert scatter.data(data).height == cells * PLAN.prompts
+    np.testing.assert_allclose(table["loss"], -cell["direct_effect"].mean(1), rtol=1e-12)
+    np.testing.assert_allclose(table["unembed"], cell["delta_unembed"][:, 0], rtol=1e-12)
+    np.testing.assert_allclose(every["drop"], every["loss"] - every["repair"] - every["norm"], atol=1e-6)
+    np.testing.assert_allclose(every["repair"], every["repair_attn"] + every["repair_mlp"], atol=1e-12)
+    clean = data.clean.filter(pl.col("source") == SOURCE).sort("prompt")
+    own = [row[LAYER] for row in clean[f"unembed_own_norm_{COMPONENT}"].to_list()]
+    np.testing.assert_allclose(table["unembed_own_norm"], own, rtol=1e-6)
+    assert every.height == len(PLAN.datasets) * (len(PLAN.expanded()) - 1) * PLAN.layers * 2 * PLAN.prompts
 
 
-def test_what_the_scatter_carries_is_its_data(data: frames.Frames) -> None:
-    spec = scatter.by_layer(data).interactive
-    carried = list(csv.DictReader(io.StringIO(spec["datasets"]["points"])))
-    assert len(carried) == len(PLAN.datasets) * PLAN.layers * 2 * PLAN.prompts
-    code = f"a{data.ablations.index(ABLATION)}"
-    assert f"'{code}':'{ABLATION}'" in json.dumps(spec)
-    found = {
-        int(row["prompt"]): (float(row["unembed"]), float(row[code]))
-        for row in carried
-        if (row["source"], row["layer"], row["component"]) == (SOURCE, str(LAYER), COMPONENT)
-    }
-    for row in here(scatter.data(data)).iter_rows(named=True):
-        assert found[row["prompt"]] == pytest.approx((row["delta_unembed"], row["drop"]), rel=1e-3)
-
-
-def test_the_scatter_draws_what_is_picked(data: frames.Frames) -> None:
-    one = scatter.by_layer(data).interactive
-    n, means = len(data.ablations) * PLAN.prompts, len(data.ablations)
-    assert marks(one, "symbol") == n + means
-    # Averaging over layers averages per prompt: as many points as before, elsewhere.
-    param = next(p for p in one["params"] if p["name"] == "pick_window")
-    assert param["bind"]["max"] == PLAN.layers
-    param["value"] = PLAN.layers
-    next(p for p in one["params"] if p["name"] == "pick_layer")["value"] = 0
-    assert marks(one, "symbol") == n + means
+def test_drawn_points_equal_the_data(data: frames.Frames) -> None:
+    spec = build("scatter-by-layer", data).spec
+    drawn = pl.read_csv(io.StringIO(spec["datasets"]["points"]))
+    code = data.ablations.index(ABLATION)
+    kept = drawn.filter(
+        (pl.col("source") == SOURCE) & (pl.col("layer") == LAYER) & (pl.col("component") == COMPONENT)
+    ).sort("prompt")
+    table = here(points.data(data)).sort("prompt")
+    np.testing.assert_allclose(kept[f"drop{code}"], table["drop"], rtol=1e-3)
+    texts = pl.read_csv(io.StringIO(spec["datasets"]["texts"]))
+    assert f"Synthetic prompt {kept['prompt'][0]} of {SOURCE}" in texts["text"].to_list()
 
 
 def test_sampling_is_stated_and_the_data_are_whole(
     data: frames.Frames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scatter, "WIDE_NUMBERS", 2 * 5 * 2 * (1 + len(data.ablations)) * 4)
-    shown = scatter.by_layer(data)
-    carried = list(csv.DictReader(io.StringIO(shown.interactive["datasets"]["points"])))
-    assert len({row["prompt"] for row in carried if row["source"] == SOURCE}) == 4
+    columns = 1 + len(data.ablations)
+    monkeypatch.setattr(points, "NUMBERS", 2 * PLAN.layers * 2 * columns * 4)
+    shown = build("scatter-all-layers", data)
+    drawn = pl.read_csv(io.StringIO(shown.spec["datasets"]["points"]))
+    assert drawn.filter(pl.col("source") == SOURCE)["prompt"].n_unique() == 4
     assert "Points show 4 prompts per source; the data file has all." in shown.caption
-    assert shown.data.height == scatter.data(data).height
-    assert f"n = {PLAN.prompts} prompts of each source" in shown.caption
+    assert shown.data.height == points.data(data).height
 
 
-def test_depth_scatter_draws_all_layers(data: frames.Frames) -> None:
-    assert marks(scatter.all_layers(data).interactive, "symbol") == 2 * PLAN.layers * PLAN.prompts
+def test_impact_means_lie_within_their_bounds(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
+    table = impact_by_layer.means(data)
+    values = dict(here(table).select("measure", "value").rows())
+    assert values["drop"] == pytest.approx(-cell["delta_ablate"].mean())
+    assert values["unembed"] == pytest.approx(cell["delta_unembed"].mean())
+    assert table.filter((pl.col("low") > pl.col("value")) | (pl.col("value") > pl.col("high"))).is_empty()
 
 
-def test_impact_means_and_their_bounds(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
-    table = here(impact.means(data))
-    drop = table.filter(pl.col("measure") == "drop").row(0, named=True)
-    unembed = table.filter(pl.col("measure") == "unembed").row(0, named=True)
-    assert drop["mean"] == pytest.approx(-cell["delta_ablate"].mean())
-    assert unembed["mean"] == pytest.approx(cell["delta_unembed"].mean())
-    for row in impact.means(data).iter_rows(named=True):
-        assert row["low"] <= row["mean"] <= row["high"]
-
-
-def test_before_and_after(data: frames.Frames, run: synthetic.Run) -> None:
-    table = examples.data(data)
+def test_before_and_after_differ_by_the_changes(data: frames.Frames, run: synthetic.Run) -> None:
     default = data.default_ablation(SOURCE)
     assert default == f"replace-{SOURCE}"
-    one = table.filter(
+    table = impact_before_after.data(data).filter(
         (pl.col("source") == SOURCE) & (pl.col("layer") == LAYER) & (pl.col("component") == COMPONENT)
     )
-    prompt = one["prompt"][0]
+    prompt = table["prompt"][0]
     raw = pl.read_parquet(run.cell(SOURCE, default, LAYER)).filter(
         (pl.col("component") == COMPONENT) & (pl.col("prompt") == prompt)
     )
-    assert raw.height == PLAN.draws
     for row in raw.iter_rows(named=True):
-        lines = one.filter((pl.col("prompt") == prompt) & (pl.col("draw") == row["draw"])).sort("read_layer")
-        assert lines["read_layer"].to_list() == list(range(PLAN.layers))
+        lines = table.filter((pl.col("prompt") == prompt) & (pl.col("draw") == row["draw"])).sort(
+            "read_layer"
+        )
         change = np.array(row[f"downstream_{COMPONENT}"])
         change[LAYER] = row["direct_effect"]
         np.testing.assert_allclose(lines["after_attn"] - lines["before_attn"], change, atol=1e-6)
         np.testing.assert_allclose(lines["after_mlp"] - lines["before_mlp"], row["downstream_mlp"], atol=1e-6)
 
 
-def test_correlation_and_share(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
-    table = here(correlation.data(data))
-    says, drop = cell["delta_unembed"][:, 0], -cell["delta_ablate"].mean(1)
-    values = dict(zip(table["measure"], table["value"], strict=True))
-    assert values["correlation"] == pytest.approx(np.corrcoef(says, drop)[0, 1])
-    assert values["share_above"] == pytest.approx((says > drop).mean())
+def test_before_and_after_starts_at_a_middle_layer_and_names_its_prompt(data: frames.Frames) -> None:
+    made = build("impact-before-after", data)
+    first = next(param for param in made.spec["params"] if param["name"] == controls.LAYER)
+    assert first["value"] == PLAN.layers // 2
+    prompt = next(param for param in made.spec["params"] if param["name"] == impact_before_after.PROMPT)
+    assert all("Synthetic prompt" in label and "token" in label for label in prompt["bind"]["labels"])
 
 
-def test_compensation_and_its_line(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
+def test_fits_are_least_squares(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
     loss = -cell["direct_effect"].mean(1)
-    repaired = (cell["compensation_attn"] + cell["compensation_mlp"]).mean(1)
-    points = here(compensation.data(data)).sort("prompt")
-    np.testing.assert_allclose(points["loss"], loss, rtol=1e-9)
-    np.testing.assert_allclose(points["compensation"], repaired, rtol=1e-9)
-    slope, intercept = np.polyfit(loss, repaired, 1)
-    line = here(compensation.fits(data)).row(0, named=True)
+    repair = (cell["compensation_attn"] + cell["compensation_mlp"]).mean(1)
+    slope, intercept = np.polyfit(loss, repair, 1)
+    line = here(compensation_scatter.fits(data, points.data(data))).row(0, named=True)
     assert line["slope"] == pytest.approx(slope)
     assert (line["x0"], line["x1"]) == pytest.approx((loss.min(), loss.max()))
-    assert (line["y0"], line["y1"]) == pytest.approx(
-        (intercept + slope * loss.min(), intercept + slope * loss.max())
-    )
-    measured = here(compensation.slope_data(data))
-    row = measured.filter(pl.col("measure") == "slope").row(0, named=True)
-    assert row["value"] == pytest.approx(slope)
-    assert row["low"] < slope < row["high"]
+    assert line["y1"] == pytest.approx(intercept + slope * loss.max())
+    measured = here(compensation_slopes.data(data)).filter(pl.col("measure") == "slope").row(0, named=True)
+    assert measured["value"] == pytest.approx(slope)
+    assert measured["low"] < slope < measured["high"]
 
 
-def test_split_sums_to_the_whole(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
-    table = compensation.split_data(data)
-    values = dict(zip(here(table)["part"], here(table)["value"], strict=True))
-    assert values["by attention"] == pytest.approx(cell["compensation_attn"].mean())
-    assert values["by MLPs"] == pytest.approx(cell["compensation_mlp"].mean())
-    wide = table.pivot("part", index=list(frames.CELL), values="value")
-    np.testing.assert_allclose(wide["by attention"] + wide["by MLPs"], wide["together"], atol=1e-12)
+def test_split_sums_to_the_whole_with_its_fits(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
+    table = here(compensation_split.data(data))
+    means = dict(table.filter(pl.col("measure") == "mean").select("part", "value").rows())
+    assert means["later attention"] == pytest.approx(cell["compensation_attn"].mean())
+    assert means["later attention"] + means["later MLPs"] == pytest.approx(means["together"])
+    slopes = dict(table.filter(pl.col("measure") == "slope").select("part", "value").rows())
+    expected = np.polyfit(-cell["direct_effect"].mean(1), cell["compensation_mlp"].mean(1), 1)[0]
+    assert slopes["later MLPs"] == pytest.approx(expected)
 
 
-def test_heatmap_is_zero_upstream(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
-    table = downstream.data(data)
-    assert table.height == data.all_prompts().height * PLAN.layers * 2
+def test_heatmap_holds_downstream_contributions_only(
+    data: frames.Frames, cell: dict[str, np.ndarray]
+) -> None:
+    table = here(downstream_heatmap.data(data))
     for component in ("attn", "mlp"):
-        row = here(table).filter(pl.col("downstream_component") == component).sort("downstream_layer")
-        np.testing.assert_allclose(
-            row["mean_change"], cell[f"downstream_{component}"].mean((0, 1)), rtol=1e-6, atol=1e-12
-        )
+        rows = table.filter(pl.col("downstream_component") == component).sort("downstream_layer")
         first = LAYER + (component == "attn")
-        assert row["mean_change"].to_list()[:first] == [0.0] * first
-        assert row["downstream"].to_list() == [i >= first for i in range(PLAN.layers)]
-    # What is drawn are the downstream cells, no more: L (L-1) / 2 per panel, and the MLP of the same layer.
-    spec = downstream.build(data).interactive
+        assert rows["downstream_layer"].to_list() == list(range(first, PLAN.layers))
+        expected = cell[f"downstream_{component}"].mean((0, 1))[first:]
+        np.testing.assert_allclose(rows["mean_change"], expected, rtol=1e-6, atol=1e-12)
+    # L (L - 1) / 2 cells per panel, and the MLPs of the ablated attention's own layers.
+    spec = build("downstream-heatmap", data).spec
     assert marks(spec, "rect") == 4 * PLAN.layers * (PLAN.layers - 1) // 2 + PLAN.layers
 
 
-def test_ledger_stack_equals_the_total(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
-    figure_ = ledger.build(data)
-    carried = pl.read_csv(io.StringIO(figure_.interactive["datasets"]["ledger"]))
-    for table, tolerance in ((figure_.data, 1e-7), (carried, 2e-5)):
-        wide = table.pivot("term", index=list(frames.CELL), values="value")
-        stack = sum(wide[term] for term in ledger.TERMS.values())
-        np.testing.assert_allclose(stack, wide["total"], atol=tolerance)
-        assert wide["total"].abs().max() > 0.1  # type: ignore[operator]
-    values = dict(zip(here(figure_.data)["term"], here(figure_.data)["value"], strict=True))
-    assert values["direct"] == pytest.approx(-cell["direct_effect"].mean())
-    assert values["norm"] == pytest.approx(-cell["norm_effect"].mean())
+def test_ledger_stack_equals_the_total(data: frames.Frames) -> None:
+    wide = ledger.data(data).pivot("term", index=list(frames.CELL), values="value")
+    np.testing.assert_allclose(
+        sum(wide[term] for term in ledger.TERMS.values()), wide[stacks.TOTAL], atol=1e-7
+    )
+    assert wide[stacks.TOTAL].abs().max() > 0.1  # type: ignore[operator]
 
 
-def test_noise_floor_is_the_controls(
-    data: frames.Frames, run: synthetic.Run, cell: dict[str, np.ndarray]
-) -> None:
-    row = here(noise.data(data)).row(0, named=True)
-    assert row["rms"] == pytest.approx(np.sqrt((cell["delta_ablate"] ** 2).mean()))
-    assert row["largest"] == pytest.approx(abs(cell["delta_ablate"]).max())
-    floor = noise.data(data).filter(pl.col("ablation") == "self")
-    assert floor.height == len(PLAN.datasets) * PLAN.layers * 2
-    # The last MLP has nothing downstream: replacing it by itself changes nothing, which a log axis cannot show.
-    assert floor.filter((pl.col("layer") == PLAN.layers - 1) & (pl.col("component") == "mlp"))[
-        "rms"
-    ].to_list() == [0, 0]
-    assert "An exact 0 (2 cells of the control) is drawn at" in noise.build(data).caption
+def test_stacks_by_hand() -> None:
+    keys = {"source": "s", "ablation": "a", "layer": 0, "component": "attn"}
+    values = {"x": 3.0, "y": -1.0, "z": 2.0, stacks.TOTAL: 4.0}
+    table = pl.DataFrame([{**keys, "term": term, "value": value} for term, value in values.items()])
+    drawn = stacks.stacked(table).select("bottom", "top", "reach").rows()
+    assert drawn == [(0.0, 3.0, 5.0), (0.0, -1.0, 5.0), (3.0, 5.0, 5.0), (5.0, 5.0, 5.0)]
 
 
-def test_substitution_is_a_ratio_of_means(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
-    row = here(substitution.data(data)).row(0, named=True)
-    direct = cell["direct_effect"].mean()
-    repaired = (cell["compensation_attn"] + cell["compensation_mlp"]).mean()
-    assert row["drop"] == pytest.approx(-cell["delta_ablate"].mean())
-    assert row["restoration"] == pytest.approx(-repaired / direct)
-    spec = substitution.build(data).interactive
-    columns = len(data.ablations)
-    assert marks(spec, "rect") == 2 * 2 * len(PLAN.datasets) * columns
-    # Averaged over layers: the ratio of the sums, in the picture as by hand.
-    shown = substitution.data(data).filter((pl.col("source") == SOURCE) & (pl.col("component") == COMPONENT))
-    shown = shown.filter(pl.col("ablation") == ABLATION)
-    expected = -shown["compensation"].sum() / shown["direct_effect"].sum()
-    assert f"{expected:.2f}" in texts(spec)
+def test_kinds_sum_to_the_aligned_repair(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
+    values = dict(here(taxonomy.data(data)).select("term", "value").rows())
+    assert sum(values[kind] for kind in taxonomy.KINDS.values()) == pytest.approx(values[stacks.TOTAL])
+    repair = cell["compensation_attn"] + cell["compensation_mlp"]
+    aligned = (np.sign(-cell["direct_effect"]) * repair).mean()
+    assert values[stacks.TOTAL] == pytest.approx(aligned, rel=1e-5)
 
 
-def texts(spec: dict[str, Any]) -> list[str]:
-    drawn = figure.svg(spec)
-    return [text.replace("−", "-") for text in re.findall(r"<text[^>]*>([^<]*)</text>", drawn)]
+def test_substitution_counts_classes(data: frames.Frames, run: synthetic.Run) -> None:
+    row = here(substitution_matrix.data(data)).row(0, named=True)
+    raw = pl.read_parquet(run.cell(SOURCE, ABLATION, LAYER)).filter(pl.col("component") == COMPONENT)
+    assert row["drop"] == pytest.approx(-raw["delta_ablate"].cast(pl.Float64).mean())  # type: ignore[operator]
+    spec = build("substitution-matrix", data).spec
+    assert marks(spec, "rect") == 2 * 2 * len(PLAN.datasets) * len(data.ablations)
+    kept = data.verdicts.filter((pl.col("source") == SOURCE) & (pl.col("ablation") == "zero"))
+    classes = kept.filter(pl.col("component") == "mlp")["class"].to_list()
+    possible = [name for name in classes if name not in ("no direct path", "nothing downstream")]
+    label = f"{classes.count('repaired')}·{classes.count('amplified')}/{len(possible)}"
+    assert label in texts_of(figure.svg(build("substitution-matrix", data)))
+
+
+# Limits, controls
+
+
+def limits_spec(values: list[float]) -> dict[str, Any]:
+    table = pl.DataFrame({"layer": list(range(len(values))), "value": values})
+    base = scales.clamped(figure.chart("t", table), "value", ("value",)).transform_calculate(
+        shown="datum.shown_value"
+    )
+    dots = base.mark_point().encode(x="layer:Q", y="shown_value:Q")
+    drawing = alt.layer(dots, scales.off_scale(base, "value", x="layer:Q", y="shown_value:Q"))
+    return figure.specification(drawing, {"t": figure.csv(table)})
+
+
+def test_values_beyond_the_bulk_are_marked_unless_full_scale() -> None:
+    spec = limits_spec([50.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0])
+    assert marks(spec, "symbol") == 7
+    assert marks(spec, "text") == 1  # the one value beyond 3 times the upper quartile
+    assert marks(setting(spec, full_scale=True), "text") == 0
+    assert marks(limits_spec([1.0, 2.0, 2.5]), "text") == 0
+
+
+def test_layers_left_out_take_no_part() -> None:
+    spec = limits_spec([50.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0])
+    left = setting(spec, left_out=[0])
+    assert (marks(left, "symbol"), marks(left, "text")) == (6, 0)
+
+
+def test_the_scatter_draws_the_chosen_layer(data: frames.Frames) -> None:
+    spec = build("scatter-by-layer", data).spec
+    n, means = len(data.ablations) * PLAN.prompts, len(data.ablations)
+    assert marks(spec, "symbol") == n + means
+    # Averaging over layers averages per prompt: as many points as before.
+    wide = setting(spec, pick_window=PLAN.layers, pick_layer=0)
+    assert marks(wide, "symbol") == n + means
+    correct = int(data.clean.filter(pl.col("source") == data.default_source())["correct"].sum())
+    kept = setting(spec, only_correct=True)
+    assert 0 < correct < PLAN.prompts
+    assert marks(kept, "symbol") == len(data.ablations) * correct + means
+
+
+def test_a_single_option_has_no_control() -> None:
+    assert "bind" not in controls.choice("pick_x", "x", ["only"], "only").param.to_dict()
+    assert controls.choice("pick_x", "x", ["a", "b"], "a").param.to_dict()["bind"]["options"] == ["a", "b"]
 
 
 # Names and files
 
 
 def test_names_depend_on_the_experiment() -> None:
-    assert "substitution-matrix" in names("all", 2, ("zero", "replace-a", "replace-b", "self"))
-    assert "substitution-matrix" not in names("last", 1, ("zero", "replace-a", "self"))
-    assert "substitution-matrix" not in names("last", 2, ("zero", "self"))
-    assert set(names("all", 2, ("replace-a",))) == set(BUILDERS)
+    assert "substitution-matrix" in figure_names.names(2, ("zero", "replace-a", "replace-b", "self"))
+    assert "substitution-matrix" not in figure_names.names(1, ("zero", "replace-a", "self"))
+    assert "substitution-matrix" not in figure_names.names(2, ("zero", "self"))
     with pytest.raises(ValueError, match="no figure 'pie'"):
         build("pie", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def written(run: synthetic.Run) -> Path:
+    job = reporting.figures_job(run, NAMES)
+    stage.run(job, None)
     folder = run.base / "figures"
-    wanted = [str(folder / name) for name in files(names("last", 2, PLAN.expanded()))]
-    stage.run(Job("figures", inputs(run), {"figures": wanted}, {}), None)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(Path(path).name for path in wanted)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        Path(path).name for path in job.output["figures"]
+    )
     return folder
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_files_are_complete(name: str, written: Path, data: frames.Frames) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_complete(name: str, written: Path) -> None:
     html = (written / f"{name}.html").read_text("utf-8")
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", html.split("<script>")[0])
-    assert "default-src 'none'" in html  # the browser itself holds the page to it
-    assert len(html) < 1_500_000
+    assert "default-src 'none'" in html  # the browser itself refuses every request
     payload = figure.payload_of(written / f"{name}.html")
     assert payload["name"] == name
     assert payload["spec"]["datasets"]
+    assert payload["reading"] and payload["alt"] and payload["shows"]
+    assert f"n = {PLAN.prompts} prompts" in payload["caption"] or "example prompt" in payload["caption"]
 
     svg = (written / f"{name}.svg").read_text("utf-8")
     assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>")
@@ -321,24 +346,17 @@ def test_files_are_complete(name: str, written: Path, data: frames.Frames) -> No
     for word in ("undefined", "null", "NaN"):
         assert word not in texts_of(svg)
     assert (written / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
     stored = tables.read(written / f"{name}.parquet")
-    assert stored.num_rows == build(name, data).data.height > 0
+    assert stored.num_rows > 0
     assert tables.metadata_of(stored.schema)["figure"] == name
-    caption = payload["caption"]
-    assert f"{PLAN.prompts} prompts" in caption or "example prompt" in caption
-    assert "95 %" in caption or "no interval" in caption or "point" in caption or "example prompt" in caption
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_specifications_are_valid(name: str, data: frames.Frames) -> None:
-    made = build(name, data)
-    for spec in (made.interactive, made.static):
-        # Without the rows: they are data, not specification.
-        bare = {**spec, "datasets": {key: [] for key in spec["datasets"]}}
-        alt.Chart.from_dict(bare)
-        if made.static.keys() - {"title"} == made.interactive.keys():
-            break  # the same picture, with a title
+    spec = build(name, data).spec
+    bare = {**spec, "datasets": {key: [] for key in spec["datasets"]}}  # rows are data, not specification
+    alt.Chart.from_dict(bare)
+    assert {"left_out", "full_scale"} <= {param["name"] for param in spec["params"]}
 
 
 def texts_of(svg: str) -> set[str]:
@@ -356,9 +374,9 @@ def texts_of(svg: str) -> set[str]:
 def test_small_experiments_draw(plan: synthetic.Plan, tmp_path: Path) -> None:
     run = synthetic.write(tmp_path, plan)
     summary_stage.run(Job.from_json(run.summary_job()), None)
-    found = frames.read(**inputs(run))
-    for name in names(plan.positions, 1, plan.expanded()):
-        assert "<svg" in figure.svg(build(name, found).static)
+    small = read(run)
+    for name in figure_names.names(1, plan.expanded()):
+        assert "<svg" in figure.svg(build(name, small))
 
 
 # Words
@@ -367,19 +385,23 @@ def test_small_experiments_draw(plan: synthetic.Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (0.1234, "0.12"), (-0.0123, "−0.012"), (12.345, "12.35"), (123.4, "123.4"), (2.5e-7, "2.5e−7"),
-     (3.1e6, "3.1e6"), (None, "not defined"), (float("nan"), "not defined")],
+     (3.1e6, "3.1e6"), (None, "–"), (float("nan"), "–")],
 )  # fmt: skip
 def test_numbers_in_words(value: float | None, text: str) -> None:
     assert wording.number(value) == text
 
 
-def test_ranges_of_layers() -> None:
+def test_layers_in_words() -> None:
     assert wording.ranges([0, 3, 4, 5, 6, 9, 10]) == "0, 3–6 and 9, 10"
-
-
-def test_a_choice_of_one_is_no_control(data: frames.Frames) -> None:
-    spec = correlation.by_layer(data).interactive
-    assert [p["bind"]["options"] for p in spec["params"] if p["name"] == "pick_source"] == [
-        list(PLAN.datasets)
+    rows = [
+        {"layer": 2, "component": "attn"},
+        {"layer": 0, "component": "mlp"},
+        {"layer": 1, "component": "mlp"},
     ]
-    assert "bind" not in controls.choice("pick_x", "x", ["only"], "only").param.to_dict()
+    assert wording.layers_of(rows) == "attention of layer 2 and the MLP of layers 0, 1"
+
+
+def test_script_json_cannot_close_its_element() -> None:
+    text = figure.script_json({"a": "</script><!-- \u2028"})
+    assert "<" not in text
+    assert json.loads(text) == {"a": "</script><!-- \u2028"}

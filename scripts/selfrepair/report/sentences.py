@@ -144,15 +144,17 @@ def _reading(results: Results, name: str, suffix: str) -> list[str]:
 def _nothing_to_repair(results: Results, every: Sequence[Row]) -> list[str]:
     sentences = []
     reasons = {
-        NOTHING_DOWNSTREAM: "have nothing downstream",
-        NO_DIRECT_PATH: "have no direct path of their own that could be repaired: they act through later layers",
+        NOTHING_DOWNSTREAM: "nothing lies downstream of",
+        NO_DIRECT_PATH: "the effect goes through later layers, without a direct loss to repair, for",
     }
     for kind, words in reasons.items():
         rows = [row for row in every if row["class"] == kind]
-        if not rows:
-            continue
-        which = f" ({layers_of(rows)})" if len(results.sources) == 1 else ""
-        sentences.append(f"{plural(len(rows), 'contribution')}{which} of {len(every)} {words}.")
+        if rows:
+            which = f" ({layers_of(rows)})" if len(results.sources) == 1 else ""
+            sentences.append(
+                f"Not counted: {words} {plural(len(rows), 'contribution')}{which} out of {len(every)} "
+                f"({scope(results, every)})."
+            )
     return sentences
 
 
