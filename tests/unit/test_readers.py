@@ -7,8 +7,8 @@ import pytest
 from pyarrow import parquet
 from selfrepair.errors import InputError
 from selfrepair.planning.config import Dataset
-from selfrepair.prompts import readers
-from selfrepair.prompts.readers import Prompt
+from selfrepair.prompts import readers, records
+from selfrepair.prompts.readers import Text
 
 KNOWN_1000 = Path(__file__).parents[3] / "shared" / "data" / "known_1000.json"
 
@@ -27,7 +27,7 @@ def write(tmp_path):
 
 def error_of(dataset, **how):
     with pytest.raises(InputError) as caught:
-        list(readers.prompts(dataset, **how))
+        list(readers.texts(dataset, **how))
     return str(caught.value)
 
 
@@ -37,7 +37,7 @@ def has(text, *facts):
 
 
 def prompts(dataset):
-    return [tuple(prompt) for prompt in readers.prompts(dataset)]
+    return [tuple(prompt) for prompt in readers.texts(dataset)]
 
 
 # ----------------------------------------------------------------------------------------- the same in all formats
@@ -73,10 +73,10 @@ def test_parquet_gives_the_same_prompts(write, tmp_path):
     dataset = write("a.parquet", b"", answer="answer")
     # More rows than one batch, and a column that is not read.
     parquet.write_table(pa.Table.from_pylist(RECORDS * 600), tmp_path / "a.parquet")
-    found = list(readers.prompts(dataset))
+    found = list(readers.texts(dataset))
     assert len(found) == 2400
-    assert found[2399] == Prompt(2399, TEXTS[3], "a3")
-    assert next(readers.records(dataset)) == (0, {"text": TEXTS[0], "answer": "a0"})
+    assert found[2399] == Text(2399, TEXTS[3], "a3")
+    assert next(records.read(dataset)) == ("row 1", {"text": TEXTS[0], "answer": "a0"})
 
 
 def test_a_line_of_a_text_file_is_a_text(write):
@@ -86,7 +86,7 @@ def test_a_line_of_a_text_file_is_a_text(write):
 
 def test_ids_are_places_among_the_records(write):
     dataset = write("a.jsonl", '\n{"text": "x"}\n\n{"text": "y"}\n')
-    assert [(index, record["text"]) for index, record in readers.records(dataset)] == [(0, "x"), (1, "y")]
+    assert [(text.id, text.text) for text in readers.texts(dataset)] == [(0, "x"), (1, "y")]
 
 
 def test_long_csv_fields(write):
@@ -96,10 +96,66 @@ def test_long_csv_fields(write):
 
 def test_records_are_streamed(write):
     """What is wrong in line 3 is not known before it is reached."""
-    found = readers.prompts(write("a.jsonl", '{"text": "x"}\n{"text": "y"}\nbad\n'))
+    found = readers.texts(write("a.jsonl", '{"text": "x"}\n{"text": "y"}\nbad\n'))
     assert [next(found).text, next(found).text] == ["x", "y"]
     with pytest.raises(InputError):
         next(found)
+
+
+# ------------------------------------------------------------------------------------------------------ bad rows
+
+BAD_ROWS = [
+    '{"text": "one", "answer": "a"}',
+    "not json",
+    '{"text": ""}',
+    "[1]",
+    '{"other": 1}',
+    '{"text": "two"}',
+    '{"text": "one"}',
+]
+
+
+def test_bad_rows_are_skipped_and_counted_if_wanted(write):
+    dataset = write("a.jsonl", "\n".join(BAD_ROWS), answer="answer", on_bad_row="skip")
+    skipped = readers.Skipped()
+    with pytest.raises(InputError, match="line 2: is not JSON"):
+        list(readers.texts(write("b.jsonl", "\n".join(BAD_ROWS))))
+    found = list(readers.texts(dataset, skipped=skipped))
+    # The two good rows without the field `answer` count as bad rows too: the data set asks for it.
+    assert [(text.id, text.text) for text in found] == [(0, "one")]
+    assert skipped.rows == 6 and "line 2" in skipped.first
+    plain = readers.Skipped()
+    found = list(readers.texts(write("c.jsonl", "\n".join(BAD_ROWS), on_bad_row="skip"), skipped=plain))
+    assert [(text.id, text.text) for text in found] == [(0, "one"), (5, "two"), (6, "one")]
+    assert plain.rows == 4
+
+
+def test_a_check_reports_every_problem_of_a_file(write):
+    result = readers.check(write("a.jsonl", "\n".join(BAD_ROWS)))
+    assert (result.records, result.texts, result.bad_rows, result.n_problems) == (7, 2, 4, 4)
+    assert [str(problem).split(":")[0] for problem in result.problems] == [
+        f"a.jsonl, line {number}" for number in (2, 3, 4, 5)
+    ]
+    skipping = readers.check(write("b.jsonl", "\n".join(BAD_ROWS), on_bad_row="skip"))
+    assert (skipping.texts, skipping.bad_rows, skipping.n_problems) == (2, 4, 0)
+
+
+def test_a_check_keeps_few_problems_and_counts_all(write):
+    result = readers.check(write("a.jsonl", "\n".join(['{"text": "x"}', *["bad"] * 500])))
+    assert result.n_problems == result.bad_rows == 500 and len(result.problems) == 20
+
+
+def test_a_check_reports_a_file_that_ends_early(write):
+    result = readers.check(write("a.csv", 'text\ngood\n"open quote\n'))
+    assert result.texts == 1 and result.n_problems == 1 and "is not CSV" in str(result.problems[0])
+    missing = readers.check(write("a.csv", "other\nx\n"))
+    assert missing.texts == 0 and "there is no column 'text'" in str(missing.problems[0])
+    assert "it holds no record" in str(readers.check(write("a.txt", "\n\n")).problems[0])
+
+
+def test_a_line_that_is_not_utf8_is_one_bad_row(write):
+    result = readers.check(write("a.txt", b"one\n\xff\xe4\ntwo\n"))
+    assert (result.texts, result.n_problems) == (2, 1) and "line 2: is not UTF-8" in str(result.problems[0])
 
 
 # ------------------------------------------------------------------------------------------------- ROME's formats
@@ -111,9 +167,9 @@ def test_known_1000_as_it_is():
             "known_1000.json is not beside the repository; see workflow/presets/paper-known-1000.yaml"
         )
     spec = {"path": KNOWN_1000.name, "text": "prompt", "answer": "attribute"}
-    found = list(readers.prompts(Dataset.from_spec("known", spec, KNOWN_1000.parent)))
+    found = list(readers.texts(Dataset.from_spec("known", spec, KNOWN_1000.parent)))
     assert len(found) == 1209
-    assert found[0] == Prompt(0, "Vinson Massif is located in the continent of", "Antarctica")
+    assert found[0] == Text(0, "Vinson Massif is located in the continent of", "Antarctica")
     assert "Honus Wagner professionally plays the sport of" in {prompt.text for prompt in found}
 
 
@@ -306,7 +362,7 @@ def test_half_a_surrogate_pair(write):
 def test_empty_text(write, value):
     dataset = write("a.jsonl", f'{{"text": "a"}}\n{{"text": {value}}}')
     has(error_of(dataset), "a.jsonl, line 2: the text (`text`) is empty", "remove the record")
-    assert len(list(readers.prompts(dataset, allow_empty=True))) == 2
+    assert len(list(readers.texts(dataset, allow_empty=True))) == 2
 
 
 # ------------------------------------------------------------------------------------------------ hub data sets

@@ -10,7 +10,7 @@ from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import tokens
 from selfrepair.planning import config, digests
 from selfrepair.prompts import tokenization
-from selfrepair.prompts.readers import Prompt
+from selfrepair.prompts.readers import Text
 from selfrepair.prompts.tokenization import Selection, Specials
 from selfrepair.storage import schemas, tables
 from tiny_tokenizers import WORDS, word_id
@@ -22,12 +22,12 @@ def ids(text):
 
 
 def texts_of(selection):
-    return [kept.prompt.text for kept in selection.chosen()]
+    return [kept.record.text for kept in selection.chosen()]
 
 
 def choose(tokenizer, texts, size, seed=0, length=None):
     selection = Selection(tokenizer, size, seed, length)
-    selection.add_all(Prompt(number, text, None) for number, text in enumerate(texts))
+    selection.add_all(Text(number, text, None) for number, text in enumerate(texts))
     return selection
 
 
@@ -149,7 +149,7 @@ def test_another_seed_is_another_choice(plain):
 
 def test_repeated_texts_count_once_and_keep_the_first_place(plain):
     selection = choose(plain, ["w1", "w2", "w1", "w3", "w2", "w1"], 3)
-    assert {kept.prompt.text: kept.prompt.id for kept in selection.chosen()} == {"w1": 0, "w2": 1, "w3": 3}
+    assert {kept.record.text: kept.record.id for kept in selection.chosen()} == {"w1": 0, "w2": 1, "w3": 3}
     counts = selection.counts
     assert (counts.records, counts.duplicates, counts.kept) == (6, 3, 3)
 
@@ -345,7 +345,7 @@ def test_an_answer_does_not_follow_a_text_that_is_cut(project, caplog):
         )
     assert "1 are cut by `length`" in caplog.text
     text = failure(project, records, length=3, fields={"answer": "answer"}, target="answer")
-    assert "1 of 5 prompts of data set 'd' have no answer to follow" in text and "`target: argmax`" in text
+    assert "1 of 5 prompts of data set 'd' have no answer" in text and "`target: argmax`" in text
 
 
 def test_target_answer_with_a_record_that_has_none(project):

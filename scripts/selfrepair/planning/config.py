@@ -73,6 +73,7 @@ class Dataset:
     subset: str | None  # `name` in the configuration
     root: Path
     local: bool
+    on_bad_row: str = "error"  # error | skip: what a malformed or empty record does
 
     @property
     def location(self) -> str:
@@ -90,6 +91,7 @@ class Dataset:
             "revision": self.revision,
             "split": self.split,
             "name": self.subset,
+            "on_bad_row": self.on_bad_row,
         }
 
     @classmethod
@@ -109,6 +111,7 @@ class Dataset:
             subset=values.get("name"),
             root=root,
             local=local,
+            on_bad_row=values.get("on_bad_row", "error"),
         )
 
 

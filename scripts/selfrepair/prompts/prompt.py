@@ -1,4 +1,4 @@
-"""The one type of a prompt, from the data file to the model."""
+"""The one type of a tokenized prompt, from the tokens table to the model."""
 
 from dataclasses import dataclass
 
@@ -9,4 +9,5 @@ class Prompt:
 
     id: int
     input_ids: tuple[int, ...]
-    target: int | None = None  # None: the argmax of the clean logits
+    target: int | None = None  # token id whose logit is measured; None: the argmax of the clean logits
+    answer: int | None = None  # first token id of the true answer, if the data set has one

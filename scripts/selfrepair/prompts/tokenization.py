@@ -1,7 +1,7 @@
-"""From texts to prompts of token ids, and their split into source and store prompts.
+"""Tokenize texts and select the source and store prompts of a data set.
 
-Tokens are the model's own, with the special tokens its tokenizer adds by default. Nothing is padded, ever,
-and nothing is cut but windows.
+Tokens are the model's own, with the special tokens that its tokenizer adds by default. Prompts are never padded, and
+only windows are cut.
 """
 
 import hashlib
@@ -10,16 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from selfrepair.prompts.readers import Prompt
+from selfrepair.prompts.readers import Text
 
 Ids = tuple[int, ...]
 
 
 class Tokenizer(Protocol):
-    """What is asked of a transformers tokenizer."""
+    """The part of a transformers tokenizer that this module uses."""
 
     def __call__(self, text: str, **kwargs: Any) -> Any:
-        """A mapping with `input_ids`."""
+        """Return a mapping with `input_ids`."""
 
 
 class Specials(NamedTuple):
@@ -30,7 +30,7 @@ class Specials(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> Ids:
-    """Token ids of `text`, with the tokenizer's default special tokens unless `special` is False."""
+    """Return the token ids of `text`, with the tokenizer's default special tokens unless `special` is False."""
     encoded = tokenizer(
         text, add_special_tokens=special, padding=False, truncation=False, return_tensors=None, verbose=False
     )
@@ -38,7 +38,7 @@ def encode(tokenizer: Tokenizer, text: str, *, special: bool = True) -> Ids:
 
 
 def specials(tokenizer: Tokenizer) -> Specials:
-    """What the tokenizer puts before and after every text; found by comparing a letter with and without."""
+    """Return the special tokens that the tokenizer adds around every text, by comparing a letter with and without."""
     bare, full = encode(tokenizer, "a", special=False), encode(tokenizer, "a")
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
@@ -47,26 +47,26 @@ def specials(tokenizer: Tokenizer) -> Specials:
 
 
 def without_end(ids: Ids, added: Specials) -> Ids:
-    """`ids` without the special tokens that say the text has ended: one that goes on has none."""
+    """Return `ids` without the end-of-text tokens, because the model would treat the prompt as finished."""
     count = len(added.after)
     return ids[:-count] if count and ids[-count:] == added.after else ids
 
 
 def window(ids: Ids, length: int, added: Specials) -> Ids | None:
-    """The first `length` tokens, those before the text included; None if there are fewer.
+    """Return the first `length` tokens, special tokens before the text included; None if there are fewer.
 
-    Tokens that mark the end of a text are not in it, since a window is cut from a text.
+    End-of-text tokens are left out, because a window ends inside the text.
     """
-    started = without_end(ids, added)
-    return started[:length] if len(started) >= length else None
+    text = without_end(ids, added)
+    return text[:length] if len(text) >= length else None
 
 
 def answer_ids(tokenizer: Tokenizer, text: str, answer: str, added: Specials) -> tuple[Ids, bool]:
-    """Token ids of `answer` as the continuation of `text`, and whether they had to be found without it.
+    """Return the token ids of `answer` as the continuation of `text`, and whether it was tokenized by itself.
 
-    The answer follows after a space, unless it begins or the text ends with white space. Its ids are what
-    the tokens of both together have more than the text's own. Where they do not begin with the text's own
-    (a token spans the seam), the answer is tokenised by itself.
+    A space joins the two unless the answer begins or the text ends with white space. The answer's ids are those that
+    follow the text's ids in the tokens of both together. If these do not begin with the text's ids (one token spans
+    the seam), the answer is tokenized by itself.
     """
     seam = "" if answer[:1].isspace() or text[-1:].isspace() else " "
     prompt = without_end(encode(tokenizer, text), added)
@@ -79,32 +79,32 @@ def answer_ids(tokenizer: Tokenizer, text: str, answer: str, added: Specials) ->
 class Kept(NamedTuple):
     """A text that may become a prompt."""
 
-    key: int  # its place in the seeded order
-    prompt: Prompt
-    sha256: str
+    key: int  # position in the seeded order
+    record: Text
+    sha256: str  # of the text
     ids: Ids
 
 
 @dataclass
 class Counts:
-    """What became of a data set's records."""
+    """The number of records of a data set, and of those that were left out, by reason."""
 
     records: int = 0
+    bad_rows: int = 0  # skipped because of `on_bad_row: skip`
     duplicates: int = 0  # same text as an earlier record
-    tokenized: int = 0  # texts whose tokens were needed: all, unless enough others came first in the order
+    tokenized: int = 0  # texts that were tokenized: all, unless enough others came first in the order
     too_short: int = 0  # of those, with fewer tokens than the window
     same_tokens: int = 0  # of those, with the tokens (or window) of another text
     kept: int = 0
 
 
 class Selection:
-    """The first `size` prompts of the seeded order, whatever the order they arrive in.
+    """The first `size` prompts of the seeded order, independent of the order in which texts are added.
 
-    Each distinct text has a key, a hash of seed and text. The prompts with the smallest keys are the chosen
-    ones: neither the order of the file nor the number of its texts moves them, and a text added or removed
-    displaces one prompt at most. A text is only tokenised if its key is small enough to be chosen, so that a
-    large data set costs little more than a hash per text. Texts that have the same tokens once cut to a
-    window count as one, or a prompt could be replaced by itself; the smallest key stays.
+    Each distinct text has a key, a hash of seed and text, and the texts with the smallest keys are chosen. The order
+    of the file does not matter, and adding or removing a text changes at most one chosen prompt. A text is tokenized
+    only if its key is small enough, so a large data set costs little more than one hash per text. Texts with the same
+    tokens (or window) count as one, because a prompt must not be replaced by itself; the smallest key stays.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int, seed: int, length: int | None = None) -> None:
@@ -116,15 +116,15 @@ class Selection:
         self._windows: dict[Ids, int] = {}  # tokens -> key, of the chosen
         self._seen: set[bytes] = set()
 
-    def add_all(self, prompts: Iterable[Prompt]) -> None:
-        """Offer every prompt of a data set, in any order."""
-        for prompt in prompts:
-            self.add(prompt)
+    def add_all(self, texts: Iterable[Text]) -> None:
+        """Add every text of a data set, in any order."""
+        for record in texts:
+            self.add(record)
 
-    def add(self, prompt: Prompt) -> None:
-        """Offer one prompt."""
+    def add(self, record: Text) -> None:
+        """Add one text."""
         self.counts.records += 1
-        digest = hashlib.sha256(prompt.text.encode()).digest()
+        digest = hashlib.sha256(record.text.encode()).digest()
         if digest in self._seen:
             self.counts.duplicates += 1
             return
@@ -133,7 +133,7 @@ class Selection:
         if len(self._order) == self.size and key > self._order[-1]:
             return
         self.counts.tokenized += 1
-        ids: Ids | None = encode(self.tokenizer, prompt.text)
+        ids: Ids | None = encode(self.tokenizer, record.text)
         if self.length is not None:
             ids = window(ids or (), self.length, self.added)
         if not ids:
@@ -145,7 +145,7 @@ class Selection:
                 return
             self._drop(self._windows[ids])
         insort(self._order, key)
-        self._chosen[key] = Kept(key, prompt, digest.hex(), ids)
+        self._chosen[key] = Kept(key, record, digest.hex(), ids)
         self._windows[ids] = key
         if len(self._order) > self.size:
             self._drop(self._order[-1])
@@ -156,19 +156,19 @@ class Selection:
         del self._windows[self._chosen.pop(key).ids]
 
     def chosen(self) -> list[Kept]:
-        """The chosen prompts in the seeded order; fewer than `size` if there were not enough."""
+        """Return the chosen prompts in the seeded order, fewer than `size` if the data set has fewer."""
         return [self._chosen[key] for key in self._order]
 
 
 def order_key(seed: int, text_digest: bytes) -> int:
-    """Place of a text in the order of `seed`: uniform, and the same in every data set, model and experiment.
+    """Return the key of a text in the order of `seed`, uniform over 128 bits.
 
-    The same in every data set, so that a text which two data sets share falls on the same side of both
-    splits as far as their sizes allow.
+    The key depends on nothing else. A text that two data sets share therefore falls on the same side of both splits,
+    as far as the sizes of the splits allow.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}:".encode() + text_digest).digest()[:16], "big")
 
 
 def longest(prompts: Sequence[Kept]) -> Kept:
-    """The prompt with most tokens."""
+    """Return the prompt with most tokens."""
     return max(prompts, key=lambda kept: len(kept.ids))

@@ -35,7 +35,7 @@ def prompt_length(dataset: Dataset, experiment: Experiment) -> float:
     """Tokens per prompt: the experiment's `length`, or a guess from the texts' lengths."""
     if experiment.length is not None:
         return float(experiment.length)
-    texts = [len(prompt.text) for prompt in islice(readers.prompts(dataset), _SAMPLE)]
+    texts = [len(prompt.text) for prompt in islice(readers.texts(dataset), _SAMPLE)]
     return 1 + statistics.fmean(texts) / _CHARACTERS if texts else 32.0
 
 

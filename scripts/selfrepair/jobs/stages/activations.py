@@ -9,6 +9,7 @@ Params: experiment, model, model_spec, model_digest, dataset, positions, layers,
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def run(job: Job, session: Session) -> None:
         )
     positions = params["positions"]
     source = prompts.read(job.input["tokens"], "source")
-    sources = [Prompt(row.id, row.input_ids, _target(row, params["target"])) for row in source]
+    sources = [replace(prompt, target=_target(prompt, params["target"])) for prompt in source]
     rows = session.rows(loaded, sources, job.runtime)
     key = prompts.key(job.input["tokens"])
     choice = session.path(loaded, key, sources, positions)
@@ -82,8 +83,8 @@ def run(job: Job, session: Session) -> None:
     log.info("%s: %d source prompts, closure error at most %.2g", params["dataset"], len(table), worst)
 
 
-def _target(row: prompts.Row, target: str) -> int | None:
-    return row.answer if target == "answer" else None
+def _target(prompt: Prompt, target: str) -> int | None:
+    return prompt.answer if target == "answer" else None
 
 
 def _rows(found: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str, Any]]:
@@ -127,7 +128,7 @@ def _store(job: Job, loaded: LoadedModel, positions: str, rows: int, metadata: d
         layers = range(first, min(first + at_once, loaded.n_layers))
         parts: dict[Site, list[torch.Tensor]] = {}
         ids: list[int] = []
-        for batch in batches(prompts.without_targets(stored), rows):
+        for batch in batches(stored, rows):
             found = run_batch(loaded, batch, positions=positions, keep=layers)
             ids += found.prompts
             for key, value in found.contributions.items():

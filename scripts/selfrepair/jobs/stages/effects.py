@@ -8,7 +8,7 @@ seed, target, code.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.ablations import ACTIVATIONS, STD, kind
 from selfrepair.planning.sites import COMPONENTS, Site
 from selfrepair.prompts import tokens as prompts
-from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import tables, tensors
 
 log = logging.getLogger("selfrepair")
@@ -45,7 +44,7 @@ def run(job: Job, session: Session) -> None:
     clean = tables.read(job.input["clean"], ["prompt", "target", "correct"]).to_pydict()
     targets = dict(zip(clean["prompt"], clean["target"], strict=True))
     source = prompts.read(job.input["tokens"], "source")
-    sources = [Prompt(row.id, row.input_ids, targets[row.id]) for row in source]
+    sources = [replace(prompt, target=targets[prompt.id]) for prompt in source]
     key = prompts.key(job.input["tokens"])
     positions = params["positions"]
     rows = session.rows(loaded, sources, job.runtime)

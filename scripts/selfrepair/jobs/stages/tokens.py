@@ -1,6 +1,6 @@
-"""Stage `tokens`: a data set's prompts as one model's tokens, split into source and store prompts.
+"""Stage `tokens`: tokenize a data set for one model and split it into source and store prompts.
 
-Input: none by path; the data set is named in the params, with the digest of its content.
+Input: none by path; the params name the data set and the digest of its content.
 Output `tokens`: selfrepair.storage.schemas.TOKENS, source prompts first, each split in its seeded order.
 Params: experiment, model, model_path, model_revision, tokenizer_digest, dataset, dataset_config,
 dataset_digest, positions, length, samples, store, seed, target. Paths are relative to the working directory.
@@ -31,17 +31,17 @@ log = logging.getLogger("selfrepair")
 
 
 class Session(Protocol):
-    """What this stage needs of selfrepair.jobs.session."""
+    """The part of selfrepair.jobs.session that this stage uses."""
 
     def tokenizer(self, path: str, revision: str | None) -> Any:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
 
 
 def run(job: Job, session: Session) -> None:
     """Write the tokens table of one data set.
 
-    Raises InputError: unreadable data, too few usable prompts, prompts longer than the model can read,
-    `target: answer` without an answer to each prompt.
+    Raises InputError: unreadable data, too few usable prompts, a prompt longer than the model can read, a prompt
+    without an answer for `target: answer`.
     """
     params = job.params
     dataset = Dataset.from_spec(params["dataset"], params["dataset_config"])
@@ -53,7 +53,12 @@ def run(job: Job, session: Session) -> None:
         raise InputError(what, where=_key(params), remedy=f"set `length:` to {limit} at most.")
     tokenizer = session.tokenizer(params["model_path"], params["model_revision"])
     selection = Selection(tokenizer, size, params["seed"], length)
-    selection.add_all(readers.prompts(dataset, allow_empty=length is not None))
+    skipped = readers.Skipped()
+    selection.add_all(readers.texts(dataset, allow_empty=length is not None, skipped=skipped))
+    selection.counts.records += skipped.rows
+    selection.counts.bad_rows = skipped.rows
+    if skipped.rows:
+        log.warning("%s: %d bad rows are skipped; the first: %s", dataset.name, skipped.rows, skipped.first)
     prompts = selection.chosen()
     log.info("%s: %s", dataset.name, ", ".join(f"{k} {v}" for k, v in asdict(selection.counts).items()))
     if len(prompts) < size:
@@ -72,9 +77,9 @@ def run(job: Job, session: Session) -> None:
     tables.write(
         job.output["tokens"],
         {
-            "prompt": [kept.prompt.id for kept in prompts],
+            "prompt": [kept.record.id for kept in prompts],
             "split": ["source"] * params["samples"] + ["store"] * params["store"],
-            "text": [kept.prompt.text for kept in prompts],
+            "text": [kept.record.text for kept in prompts],
             "text_sha256": [kept.sha256 for kept in prompts],
             "input_ids": [list(kept.ids) for kept in prompts],
             "answer_ids": [None if ids is None else list(ids) for ids, _ in answers],
@@ -90,17 +95,18 @@ def _key(params: dict[str, Any]) -> str:
 
 def _unchanged(dataset: Dataset, planned: str) -> None:
     if digests.dataset_digest(dataset) != planned:
-        remedy = "run the same command again: what depends on the file is planned anew."
+        remedy = "run the same command again: Snakemake then plans the jobs that read the file again."
         raise InputError("has changed since the run was planned", where=dataset.path, remedy=remedy)
 
 
 def _too_few(dataset: Dataset, params: dict[str, Any], selection: Selection) -> InputError:
     counts, length = selection.counts, params["length"]
+    bad = f"{counts.bad_rows} are bad rows, " if counts.bad_rows else ""
     short = "" if length is None else f", {counts.too_short} shorter than {length} tokens"
     what = (
         f"data set '{dataset.name}' has {counts.kept} usable prompts, but {selection.size} are needed "
         f"({params['samples']} source + {params['store']} store): of {counts.records} records "
-        f"{counts.duplicates} repeat an earlier text{short}, "
+        f"{bad}{counts.duplicates} repeat an earlier text{short}, "
         f"{counts.same_tokens} have the same tokens as another"
     )
     shorter = "" if length is None else " or `length`"
@@ -110,7 +116,7 @@ def _too_few(dataset: Dataset, params: dict[str, Any], selection: Selection) -> 
 
 def _too_long(dataset: Dataset, params: dict[str, Any], kept: Kept, limit: int) -> InputError:
     what = (
-        f"record {kept.prompt.id + 1} of data set '{dataset.name}' has {len(kept.ids)} tokens; "
+        f"record {kept.record.id + 1} of data set '{dataset.name}' has {len(kept.ids)} tokens; "
         f"model '{params['model']}' can read {limit}"
     )
     remedy = f"set `length:` of {_key(params)} to cut prompts, or remove the long texts."
@@ -118,14 +124,14 @@ def _too_long(dataset: Dataset, params: dict[str, Any], kept: Kept, limit: int) 
 
 
 def _answer(tokenizer: Tokenizer, kept: Kept, selection: Selection) -> tuple[Ids | None, str]:
-    """The answer's ids, and how they were found: joint, alone, cut (the text goes on), none."""
-    if kept.prompt.answer is None:
+    """Return the answer's ids, and how they were tokenized: joint, alone, cut (by the window), none."""
+    if kept.record.answer is None:
         return None, "none"
     if selection.length is not None:
-        whole = without_end(encode(tokenizer, kept.prompt.text), selection.added)
-        if len(whole) > len(kept.ids):  # what follows the window is the rest of the text
+        whole = without_end(encode(tokenizer, kept.record.text), selection.added)
+        if len(whole) > len(kept.ids):  # the rest of the text follows the window, not the answer
             return None, "cut"
-    ids, alone = answer_ids(tokenizer, kept.prompt.text, kept.prompt.answer, selection.added)
+    ids, alone = answer_ids(tokenizer, kept.record.text, kept.record.answer, selection.added)
     return (ids, "alone" if alone else "joint") if ids else (None, "none")
 
 
@@ -135,7 +141,7 @@ def _report_answers(
     ways = [way for _, way in answers]
     counts = {way: ways.count(way) for way in ("joint", "alone", "cut", "none")}
     log.info(
-        "%s: answers tokenised with their prompt: %d, by themselves: %d",
+        "%s: answers tokenized with their prompt: %d, by themselves: %d",
         dataset.name,
         counts["joint"],
         counts["alone"],
@@ -144,9 +150,9 @@ def _report_answers(
     if not missing:
         return
     what = (
-        f"{len(missing)} of {len(prompts)} prompts of data set '{dataset.name}' have no answer to follow "
+        f"{len(missing)} of {len(prompts)} prompts of data set '{dataset.name}' have no answer "
         f"({counts['cut']} are cut by `length` before their answer, {counts['none']} name none; "
-        f"the first is record {missing[0].prompt.id + 1})"
+        f"the first is record {missing[0].record.id + 1})"
     )
     if params["target"] == "answer":
         remedy = (
