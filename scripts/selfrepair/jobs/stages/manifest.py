@@ -4,6 +4,8 @@ Input: `cells` (list of paths). Output `manifest`: selfrepair.storage.schemas.MA
 of the input. Params: experiment, model.
 """
 
+from typing import Any
+
 from selfrepair.errors import InputError
 from selfrepair.jobs.job import Job
 from selfrepair.planning import grid
@@ -16,7 +18,10 @@ def run(job: Job, session: object) -> None:
     for path in job.input["cells"]:
         facts = tables.read_metadata(path)
         config = facts.get("config") or {}
-        cell = grid.Cell(*(config.get(key) for key in ("experiment", "model", "source", "ablation", "layer")))
+        values: list[Any] = [
+            config.get(key) for key in ("experiment", "model", "source", "ablation", "layer")
+        ]
+        cell = grid.Cell(*values)
         if grid.cell_path(cell) != path:
             raise InputError(
                 f"holds the cell {' / '.join(map(str, cell))}, which belongs elsewhere",
