@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stubproject import CONFIG, Project
+from stubproject import CONFIG, ROOT, Project
 
 TOKENS = "results/e/m/tokens/a.parquet"
 CELL = "results/e/m/effects/source=a/ablation=zero/layer=1.parquet"
@@ -158,6 +158,28 @@ def test_a_mistake_in_the_configuration_is_told_and_nothing_else(project: Projec
 def test_a_missing_model_is_told_too(project: Project) -> None:
     said = project.snakemake("-n", "--config", "models={m: {path: ./nowhere}}", status=1)
     assert "models.m.path" in said and "Traceback" not in said
+
+
+def test_the_console_of_a_run_fits_one_screen(project: Project) -> None:
+    """With the logger of the profile, as a user sees it, without a terminal."""
+    for name in ("default", "slurm"):
+        (project.path / "profiles" / name / "config.yaml").write_text(
+            (ROOT / "profiles" / name / "config.yaml").read_text()
+        )
+    printed = project.snakemake()
+    lines = printed.rstrip().splitlines()
+    assert len(lines) < 60
+    assert " % (" in printed and "Complete Log: " in printed
+    assert lines[-1].strip() == "results/e/m/report.html"
+    project.configure(ONE_SOURCE | {"experiments": {"f": {**ONE_SOURCE["experiments"]["e"]}}})
+    project.behave(input_error=('"ablation": "zero"', "line 3 is not JSON"))
+    lines = project.snakemake(status=1).rstrip().splitlines()
+    assert lines[-5].startswith("Failed: effects results/f/m/effects/source=a/ablation=zero/")
+    assert [line.strip() for line in lines[-4:-1]] == [
+        "Error: the data: line 3 is not JSON",
+        f"Log: {lines[-3].split()[-1]}",
+        "What to do: mend it.",
+    ]
 
 
 def test_two_models_are_compared(project: Project) -> None:

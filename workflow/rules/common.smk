@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 
 from selfrepair.errors import InputError
 from selfrepair.jobs import lifeline
-from selfrepair.planning import figure_names, grid, runlock, startup, undeclared
+from selfrepair.planning import console, figure_names, grid, runlock, startup, undeclared
 
 update_config(config, startup.parse_overrides(workflow.config_settings.config))
 PLAN = startup.load_plan(config, workflow.overwrite_configfiles or ["config.yaml"])
@@ -71,6 +71,8 @@ def minutes(stage):
 
 # Before the first job of a run; not for dry runs, and not in the Snakemakes that executors start.
 onstart:
+    global EVENTS
+    EVENTS = console.follow_run()
     startup.disable_submission_timers(workflow)
     try:
         runlock.acquire_run_lock(
@@ -84,10 +86,9 @@ onstart:
         print(f"Warning: {name} was dated in the future; its date is now the present.", file=sys.stderr)
 
 
+onsuccess:
+    console.print_last(console.headline_lines(PLAN), sys.stderr)
+
+
 onerror:
-    print(
-        "\nWhat to do: each failed job is named above, with its output, its log and the log's content. Fix "
-        "the cause and run the same command again: finished work is kept. A job whose log is empty was killed "
-        "from outside. `--keep-going` finishes everything that does not depend on the failed jobs.",
-        file=sys.stderr,
-    )
+    console.print_last(console.failure_lines(EVENTS.failed), sys.stderr)
