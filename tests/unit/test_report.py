@@ -16,8 +16,8 @@ from selfrepair.analysis import thresholds
 from selfrepair.analysis.verdicts import NOT_REPAIRABLE, READINGS
 from selfrepair.errors import DamagedFileError
 from selfrepair.jobs.job import Job
-from selfrepair.jobs.stages import crossmodel, figures, report, summary
-from selfrepair.report import comparison, page, report_tables, sentences
+from selfrepair.jobs.stages import figures, report, summary
+from selfrepair.report import page, report_tables, sentences
 from selfrepair.report.figures.wording import number
 from selfrepair.report.results import Results, read
 from selfrepair.storage import tables
@@ -352,38 +352,3 @@ def test_a_damaged_figure_is_named(evil: tuple[Page, Job, synthetic.Run], tmp_pa
     files = [str(broken) if path.endswith("ledger.html") else path for path in job.input["figures"]]
     with pytest.raises(DamagedFileError, match=r"ledger\.html: is not a figure of this workflow"):
         report.run(Job("report", {**job.input, "figures": files}, job.output, job.params), None)
-
-
-# Several models
-
-
-def test_models_side_by_side(tmp_path: Path) -> None:
-    layers, numerics = [], []
-    for model, depth in (("small", 4), ("large", 9)):
-        plan = synthetic.Plan(model=model, layers=depth, prompts=15, draws=2, ablations=("zero", "replace"))
-        run = synthetic.write(tmp_path, plan)
-        job = run.summary_job()
-        summary.run(Job.from_json(job), None)
-        layers.append(job["output"]["layers"])
-        numerics.append(job["output"]["numerics"])
-    output = tmp_path / "facts/report.html"
-    params = {"experiment": "facts", "experiment_config": {"seed": 0}, "models": {"small": {"path": EVIL}}}
-    crossmodel.run(
-        Job("crossmodel", {"layers": layers, "numerics": numerics}, {"report": str(output)}, params), None
-    )
-    shown = Page(output)
-    assert len(shown.scripts) == len(comparison.MEASURES) + 2
-    links = [str(attrs["href"]) for tag, attrs in shown.elements if tag == "a"]
-    assert {"small/report.html", "large/report.html", "small/summary/layers.parquet"} <= set(links)
-    assert (
-        "small, facts, replace-facts, n = 15: attention is restored most at relative depth" in shown.words()
-    )
-
-    merged = comparison.read(layers)
-    large = merged.filter((pl.col("model") == "large") & (pl.col("layer") == 4))
-    assert large["depth"].unique().to_list() == [0.5]
-    points = comparison.data(merged)
-    drop = points.filter((pl.col("measure") == "drop") & (pl.col("model") == "large"))
-    same = drop.join(merged, on=[key for key in comparison.KEYS if key != "prompts"])
-    np.testing.assert_allclose(same["value"], -same["delta_ablate_mean"])
-    assert (drop["low"] <= drop["value"]).all() and (drop["value"] <= drop["high"]).all()

@@ -1,254 +1,214 @@
-"""Several models of one experiment on one page: the same curves against relative depth."""
+"""Write the page that compares the models of one experiment.
+
+Every statement and figure of the page comes from the models' verdict tables (`summary/verdicts.parquet`).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import altair as alt
 import polars as pl
 from altair.utils.schemapi import debug_mode
 
 from selfrepair.analysis import thresholds
-from selfrepair.report.figures import controls, curves, figure, theme
-from selfrepair.report.figures.figure import Figure, csv, named, specification
-from selfrepair.report.figures.frames import default_ablation, order_ablations, table, without_control
-from selfrepair.report.figures.wording import INTERVAL, estimate, listing, plural
+from selfrepair.report import comparison_figures as draw
+from selfrepair.report.comparison_emergence import emergence
+from selfrepair.report.comparison_figures import JUDGED, READINGS
+from selfrepair.report.figures import figure, theme
+from selfrepair.report.figures.figure import Figure
+from selfrepair.report.figures.frames import table, without_control
+from selfrepair.report.figures.wording import listing, number, plural, ranges
 from selfrepair.report.page import (
     Picture,
     Table,
     cell,
     data_address,
     interval_cell,
+    picture,
     relative,
     settings,
 )
-from selfrepair.report.page import picture as embedded_picture
 from selfrepair.report.templating import render
 from selfrepair.storage import tables
 
-MEASURES = {
-    "restoration": ("Restoration", "restoration (share of the direct loss)", "dimensionless"),
-    "drop": ("Logit drop", "logit drop, −Δablate (logits)", "logits"),
-    "delta_unembed": ("Δunembed", "Δunembed (logits)", "logits"),
-    "correlation": ("Correlation of Δunembed and drop", "correlation (Pearson)", "dimensionless"),
-    "share_above": ("Share of prompts with repair", "share with Δunembed > drop", "dimensionless"),
-}
-KEYS = ["model", "source", "ablation", "layer", "depth", "component", "prompts"]
-CLIP = 2.0  # restoration runs away where the loss is small
 
-
-def read(layers: Sequence[str]) -> pl.DataFrame:
-    """All models' summaries with `depth`: layer / last ablated layer, 0 to 1. All prompts, no control."""
+def read(paths: Sequence[str]) -> pl.DataFrame:
+    """Return all models' verdicts with `depth`: layer / last ablated layer, 0 to 1. Raises DamagedFileError."""
     parts = []
-    for path in layers:
-        rows = without_control(table(path)).filter(pl.col("subset") == "all")
+    for path in paths:
+        rows = without_control(table(path))
         depth = pl.col("layer") / pl.max_horizontal(pl.col("layer").max(), pl.lit(1))
         parts.append(rows.with_columns(depth=depth))
     return pl.concat(parts)
 
 
-def data(summary: pl.DataFrame) -> pl.DataFrame:
-    """KEYS x measure: value, low, high."""
-    drop = summary.with_columns(
-        drop=-pl.col("delta_ablate_mean"),
-        drop_low=-pl.col("delta_ablate_high"),
-        drop_high=-pl.col("delta_ablate_low"),
-        delta_unembed=pl.col("delta_unembed_mean"),
-    )
-    return curves.melted(drop, KEYS, list(MEASURES))
-
-
-def picture(summary: pl.DataFrame, measure: str) -> Figure:
-    """One measure of every model against relative depth, a panel per component."""
-    heading, axis, unit = MEASURES[measure]
-    points = data(summary).filter(pl.col("measure") == measure)
-    models = points["model"].unique(maintain_order=True).to_list()
-    sources = points["source"].unique(maintain_order=True).to_list()
-    ablations = order_ablations(points["ablation"].unique(maintain_order=True).to_list(), sources)
-    first = default_ablation(ablations, sources[0])
-    colours = alt.Scale(
-        domain=models, range=[theme.PALETTE[i % len(theme.PALETTE)] for i in range(len(models))]
-    )
-    dashes = alt.Scale(domain=models, range=[theme.DASHES[i % len(theme.DASHES)] for i in range(len(models))])
-    clip = measure == "restoration"
-    scale = alt.Scale(domain=[-CLIP, CLIP]) if clip else alt.Scale(zero=False)
-
-    def panel(component: str) -> Any:
-        base = alt.Chart(named("curves", points)).transform_filter(
-            f"datum.component === '{component}' && {controls.is_picked('source', 'ablation')} && isValid(datum.value)"
-        )
-        x = alt.X("depth:Q", title="relative depth (layer / last layer)", scale=alt.Scale(domain=[0, 1]))
-        colour = alt.Color("model:N", scale=colours, legend=theme.line_legend())
-        band = base.mark_area(opacity=0.15, clip=clip).encode(
-            x=x, y=alt.Y("low:Q", title=axis, scale=scale), y2="high:Q", color=colour
-        )
-        line = base.mark_line(strokeWidth=2, clip=clip, point=alt.OverlayMarkDef(size=20, clip=clip)).encode(
-            x=x,
-            y=alt.Y("value:Q", title=axis, scale=scale),
-            color=colour,
-            strokeDash=alt.StrokeDash("model:N", scale=dashes, legend=theme.line_legend()),
-            tooltip=[
-                alt.Tooltip("model:N"),
-                alt.Tooltip("layer:Q", format="d"),
-                alt.Tooltip("value:Q", title=heading, format=".3f"),
-                alt.Tooltip("low:Q", title="95 % from", format=".3f"),
-                alt.Tooltip("high:Q", title="to", format=".3f"),
-            ],
-        )
-        return alt.layer(band, line).properties(
-            width=290, height=230, title=f"{theme.COMPONENT[component]} ablated"
-        )
-
-    components = [name for name in theme.COMPONENT if name in set(points["component"])]
-    chart = alt.hconcat(*[panel(component) for component in components]).resolve_scale(y="shared")
-    params = (
-        controls.choice(controls.SOURCE, "source", sources, sources[0]),
-        controls.choice(controls.ABLATION, "ablation", ablations, first),
-    )
-    spec = specification(chart, {"curves": csv(points)}, *params)
-    picked = f"source {sources[0]}, ablation {first}"
-    counts = listing(
-        f"{model}: n = {plural(most_prompts(points.filter(pl.col('model') == model)), 'prompt')}"
-        for model in models
-    )
-    clipped = f" The axis stops at ±{CLIP:g}." if clip else ""
-    return Figure(
-        name=measure,
-        title=f"{heading} against relative depth",
-        caption=(
-            f"Every model of the experiment, {unit}. Depth is relative to the last ablated layer. Band: {INTERVAL}; "
-            f"{counts} at most.{clipped}"
-        ),
-        reading="Curves that coincide mean that the models agree at the same relative depth.",
-        shows=picked,
-        data=points,
-        spec=spec,
-        alt=f"Line plots of {heading.lower()} against relative depth, one line per model.",
-    )
-
-
 def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> str:
-    """The page as text. Raises DamagedFileError."""
-    summary = read(inputs["layers"])
+    """Return the page. `inputs`: lists `verdicts` and `numerics`, a file per model. Raises DamagedFileError."""
+    verdicts = read(inputs["verdicts"])
     numerics = pl.concat([table(path) for path in inputs["numerics"]])
-    with debug_mode(False):  # checked by a test, not in every run
-        shown = [_embedded(picture(summary, measure)) for measure in MEASURES]
+    models = _models(params, inputs["verdicts"])
+    with debug_mode(False):  # altair's own checks run in a test, not in every run
+        pictures = [_embedded(shown) for shown in figures(verdicts, models)]
     warned = numerics.filter(pl.col("warning").is_not_null())
+    names = draw.names(verdicts, "model")
     return render(
         "comparison.html.j2",
         bundle=figure.bundle(),
+        thresholds=thresholds,
         title=f"Self-repair: the models of {params['experiment']}",
         experiment=params["experiment"],
         warnings=[f"{r['model']}, {r['dataset']}: {r['warning']}" for r in warned.iter_rows(named=True)],
-        readings=compare(summary),
-        facts=_facts(params, inputs["layers"]),
+        readings=[*contrasts(verdicts), *answers(verdicts)],
+        facts=_facts(params, inputs["verdicts"]),
         audit=_audit(numerics),
-        best=_best(summary),
-        pictures=shown,
-        thresholds=thresholds,
-        files=[(relative(path, page), "effects per layer with intervals") for path in inputs["layers"]],
-        reports=_reports(summary, inputs["layers"], page),
+        best=_verdict_table(verdicts),
+        pictures=pictures,
+        files=[(relative(path, page), "classes and restoration") for path in inputs["verdicts"]],
+        # summary/verdicts.parquet is one folder deeper than the model's report.
+        reports=[
+            (relative(f"{path}/../../report.html", page), f"report on {name}")
+            for path, name in zip(inputs["verdicts"], names, strict=True)
+        ],
     )
 
 
-def compare(summary: pl.DataFrame) -> list[str]:
-    """Per model, source and component: where restoration is largest among the layers where it can be read."""
-    said = []
-    for keys, rows in summary.group_by("model", "source", maintain_order=True):
+def figures(verdicts: pl.DataFrame, models: Mapping[str, Mapping[str, Any]]) -> list[Figure]:
+    """Return the figures that suit the number and kind of the models."""
+    names = draw.names(verdicts, "model")
+    shown = []
+    if len(names) <= draw.SIDE_BY_SIDE:
+        shown.append(draw.restoration(verdicts))
+    families: dict[str, dict[str, int]] = {}
+    for name in names:
+        facts = models.get(name, {})
+        if facts.get("family") is not None:
+            families.setdefault(facts["family"], {})[name] = int(facts["step"])
+    for family, steps in families.items():
+        if len(steps) > 1:
+            shown.append(emergence(verdicts, family, steps))
+    if len(names) > 2:
+        shown.append(draw.depth(verdicts))
+    shown.append(draw.classes(verdicts))
+    if len({models.get(name, {}).get("parameters") for name in names} - {None}) > 2:
+        shown.append(draw.size(verdicts, models))
+    return shown
+
+
+def answers(verdicts: pl.DataFrame) -> list[str]:
+    """Return a sentence per model and source: how many contributions are repaired, which, and how much."""
+    sentences = []
+    for keys, rows in verdicts.group_by("model", "source", maintain_order=True):
         model, source = map(str, keys)
-        ablation = _default(rows, source)
-        n = most_prompts(rows)
-        for component in rows["component"].unique(maintain_order=True):
-            here = _readable(rows, ablation, component)
-            head = f"{model}, {source}, {ablation}, n = {n}: {theme.COMPONENT[component]}"
-            repaired = here.filter(pl.col("restoration_low") > 0)
-            if not repaired.height:
-                said.append(f"{head}: no layer's restoration has an interval above 0.")
-                continue
-            best = repaired.sort("restoration", descending=True).row(0, named=True)
-            said.append(
-                f"{head} is restored most at relative depth {best['depth']:.2f} (layer {best['layer']}): "
-                f"{estimate(best, 'restoration')}; intervals above 0 in {repaired.height} of "
-                f"{here.height} layers with a readable loss."
-            )
-    return said
+        ablation = draw.default(rows, source)
+        shown = rows.filter(pl.col("ablation") == ablation)
+        head = f"{model} ({source}, {ablation}, n = {plural(draw.most_prompts(shown), 'prompt')}): "
+        judged = shown.filter(pl.col("class").is_in(JUDGED))
+        repaired = judged.filter(pl.col("class") == "repaired")
+        text = f"{repaired.height} of {plural(judged.height, 'contribution')} that could be repaired "
+        text += "is repaired" if repaired.height == 1 else "are repaired"
+        if repaired.height:
+            low, high = repaired["restoration"].min(), repaired["restoration"].max()
+            text += f": {sites(repaired)}. Their restoration is between {number(low)} and {number(high)}"  # type: ignore[arg-type]
+        amplified = judged.filter(pl.col("class") == "amplified").height
+        text += f". {amplified} {'is' if amplified == 1 else 'are'} amplified."
+        column = READINGS["with norm"][1]
+        total = shown.filter(pl.col(column).is_in(JUDGED))
+        more = total.filter(pl.col(column) == "repaired").height
+        text += f" With the norm's effect counted as repair, {more} of {total.height} are repaired."
+        sentences.append(head + text)
+    return sentences
 
 
-def most_prompts(rows: pl.DataFrame) -> int:
-    """The largest number of prompts behind any row."""
-    return max(rows["prompts"].to_list())
+def contrasts(verdicts: pl.DataFrame) -> list[str]:
+    """Return what one of two models repairs and the other does not; nothing unless both have the same layers."""
+    names = draw.names(verdicts, "model")
+    if len(names) != 2:
+        return []
+    one, other = (verdicts.filter(pl.col("model") == name) for name in names)
+    if set(one["layer"]) != set(other["layer"]):
+        return []
+    sentences = []
+    for source in draw.names(verdicts, "source"):
+        ablation = draw.default(verdicts.filter(pl.col("source") == source), source)
+        here = (
+            (pl.col("source") == source) & (pl.col("ablation") == ablation) & (pl.col("class") == "repaired")
+        )
+        keys = ["layer", "component"]
+        found = [
+            rows.filter(here & pl.col("component").is_in(list(theme.COMPONENT))) for rows in (one, other)
+        ]
+        only = [found[0].join(found[1], on=keys, how="anti"), found[1].join(found[0], on=keys, how="anti")]
+        both = found[0].join(found[1], on=keys, how="semi")
+        for rows, name, without in zip(only, names, reversed(names), strict=True):
+            if rows.height:
+                sentences.append(
+                    f"Repaired in {name} and not in {without} ({source}, {ablation}): {sites(rows)}."
+                )
+        if both.height:
+            sentences.append(f"Repaired in both models ({source}, {ablation}): {sites(both)}.")
+    return sentences
 
 
-def _default(rows: pl.DataFrame, source: str) -> str:
-    found = rows["ablation"].unique(maintain_order=True).to_list()
-    return default_ablation(order_ablations(found, [source]), source)
+def sites(rows: pl.DataFrame) -> str:
+    """Return contributions in words: `attention of layers 3–5 and MLP of layer 4`."""
+    words = []
+    for component in rows["component"].unique(maintain_order=True).to_list():
+        here = rows.filter(pl.col("component") == component)
+        layers = here["layer"].unique().to_list()
+        name = theme.COMPONENT.get(component, f"{here.height} {component}s")
+        words.append(f"{name} of {'layer' if len(layers) == 1 else 'layers'} {ranges(layers)}")
+    return listing(words)
 
 
-def _readable(rows: pl.DataFrame, ablation: str, component: str) -> pl.DataFrame:
-    """Layers whose direct effect has an interval without 0: elsewhere the ratio has no meaning."""
-    loss = (pl.col("direct_effect_low") > 0) | (pl.col("direct_effect_high") < 0)
-    return rows.filter((pl.col("ablation") == ablation) & (pl.col("component") == component) & loss)
+def _models(params: Mapping[str, Any], paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return each model's facts: training step and size as configured, final norm as measured."""
+    models = {name: dict(spec) for name, spec in params.get("models", {}).items()}
+    for spec, path in zip(models.values(), paths, strict=False):
+        adapter = tables.read_metadata(path).get("adapter")
+        if isinstance(adapter, Mapping):
+            spec["norm"] = adapter.get("norm_kind")
+    return models
 
 
 def _embedded(shown: Figure) -> Picture:
-    image = data_address(figure.svg(shown).encode(), "image/svg+xml")
-    return embedded_picture(figure.payload(shown), image)
+    return picture(figure.payload(shown), data_address(figure.svg(shown).encode(), "image/svg+xml"))
 
 
-def _facts(params: Mapping[str, Any], layers: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
-    found = [("Experiment", settings(params.get("experiment_config", {})))]
-    found += [(f"Model {name}", settings(spec)) for name, spec in params.get("models", {}).items()]
-    versions = tables.read_metadata(layers[0]).get("versions")
-    found += [("Versions", settings(versions))] if isinstance(versions, Mapping) else []
-    return [(heading, pairs) for heading, pairs in found if pairs]
+def _facts(params: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    groups = [("Experiment", settings(params.get("experiment_config", {})))]
+    groups += [(f"Model {name}", settings(spec)) for name, spec in params.get("models", {}).items()]
+    versions = tables.read_metadata(paths[0]).get("versions")
+    groups += [("Versions", settings(versions))] if isinstance(versions, Mapping) else []
+    return [(heading, pairs) for heading, pairs in groups if pairs]
 
 
 def _audit(numerics: pl.DataFrame) -> Table:
-    columns = [
-        "model",
-        "dataset",
-        "rows",
-        "closure_error_max",
-        "ledger_error_max",
-        "noise_floor_rms",
-        "effect_rms",
-    ]
-    head = [
-        "model",
-        "data set",
-        "rows",
-        "closure error",
-        "ledger error (logits)",
-        "noise floor, rms (logits)",
-    ]
+    columns = {
+        "model": "model",
+        "dataset": "data set",
+        "rows": "rows",
+        "closure_error_max": "closure error",
+        "ledger_error_max": "ledger error (logits)",
+        "noise_floor_rms": "noise floor, rms (logits)",
+        "effect_rms": "effects, rms (logits)",
+    }
     rows = [[cell(row[name]) for name in columns] for row in numerics.iter_rows(named=True)]
-    return Table([*head, "effects, rms (logits)"], rows, "The audit; errors are the largest found.")
+    return Table(list(columns.values()), rows, "The audit; errors are the largest of all rows.")
 
 
-def _best(summary: pl.DataFrame) -> Table:
+def _verdict_table(verdicts: pl.DataFrame) -> Table:
+    keys = ["model", "source", "ablation", "layer", "component"]
     rows = []
-    for (_, source), group in summary.group_by("model", "source", maintain_order=True):
-        ablation = _default(group, str(source))
-        for row in (
-            group.filter(pl.col("ablation") == ablation).sort("layer", "component").iter_rows(named=True)
-        ):
-            keys = [
-                cell(row[name]) for name in ("model", "source", "ablation", "layer", "depth", "component")
-            ]
-            drop = interval_cell(
-                row["delta_ablate_mean"], row["delta_ablate_low"], row["delta_ablate_high"], -1
-            )
-            values = [
+    for (_, source), group in verdicts.group_by("model", "source", maintain_order=True):
+        shown = group.filter(pl.col("ablation") == draw.default(group, str(source)))
+        for row in shown.sort("layer", "component").iter_rows(named=True):
+            means = [
                 interval_cell(row[name], row[f"{name}_low"], row[f"{name}_high"])
-                for name in ("restoration", "correlation", "share_above")
+                for name in ("loss", "repair", "norm", *(column for column, _, _ in READINGS.values()))
             ]
-            rows.append([*keys, drop, *values, cell(row["prompts"])])
-    head = ["model", "source", "ablation", "layer", "depth", "component", "drop (logits)", "restoration"]
-    caption = f"Table: {plural(len(rows), 'contribution')}, each source's default ablation (95 % intervals)"
-    return Table([*head, "correlation", "share Δunembed > drop", "prompts"], rows, caption)
-
-
-def _reports(summary: pl.DataFrame, layers: Sequence[str], page: str) -> list[tuple[str, str]]:
-    # summary/layers.parquet lies one folder below the model's report.
-    models = summary["model"].unique(maintain_order=True)
-    pages = [relative(f"{path}/../../report.html", page) for path in layers]
-    return [(address, f"report on {model}") for address, model in zip(pages, models, strict=True)]
+            rows.append([*(cell(row[key]) for key in keys), cell(row["class"]), *means, cell(row["prompts"])])
+    head = [*keys, "class", "direct loss (logits)", "repair (logits)", "norm effect (logits)"]
+    head += [f"restoration, {words}" for _, _, words in READINGS.values()]
+    caption = (
+        f"Verdicts: {plural(len(rows), 'contribution')}, each source's default ablation (95 % intervals)"
+    )
+    return Table([*head, "prompts"], rows, caption)
