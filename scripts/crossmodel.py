@@ -6,7 +6,7 @@ from selfrepair.jobs.submit import submit
 submit(
     Job(
         stage="crossmodel",
-        input={name: list(snakemake.input[name]) for name in ("layers", "verdicts", "numerics")},
+        input={name: list(snakemake.input[name]) for name in ("verdicts", "numerics")},
         output={"report": snakemake.output.report},
         params=snakemake.params.spec,
         runtime={},

@@ -144,6 +144,8 @@ def tiny(name: str, layers: int = 4) -> dict[str, Any]:
     """
     real = CONFIGS[name]
     config = {**real, **{key: value for key, value in _SMALLER.items() if key in real}, **_TOKENS}
+    if "rope_scaling" in real:  # must stay longer than the length that the rotation is scaled from
+        config["max_position_embeddings"] = real["max_position_embeddings"]
     if "n_layer" in real:
         return config | {"n_layer": layers, "n_embd": 48, "n_head": 4}
     heads = 4

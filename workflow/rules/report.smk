@@ -19,7 +19,6 @@ rule report:
 
 rule crossmodel:
     input:
-        layers=PLAN.layers_of,
         verdicts=PLAN.verdicts_of,
         numerics=PLAN.numerics_of,
     output:

@@ -171,10 +171,6 @@ class Plan:
         models = self._experiment(wildcards).models
         return [grid.summary_path(wildcards.experiment, model, table) for model in models]
 
-    def layers_of(self, wildcards: Wildcards) -> list[str]:
-        """Return the summary by layer of every model of an experiment."""
-        return self.summaries_of(wildcards, "layers")
-
     def verdicts_of(self, wildcards: Wildcards) -> list[str]:
         """Return the verdicts on every model of an experiment."""
         return self.summaries_of(wildcards, "verdicts")

@@ -1,4 +1,4 @@
-"""The crossmodel stage: the summaries of an experiment's models -> results/{experiment}/report.html."""
+"""The crossmodel stage: the verdicts of an experiment's models -> results/{experiment}/report.html."""
 
 import logging
 
@@ -10,7 +10,7 @@ log = logging.getLogger("selfrepair")
 
 
 def run(job: Job, session: object) -> None:
-    """Write `report`. Inputs: the lists `layers` and `numerics`, a file of each model, in the same order.
+    """Write `report`. Inputs: the lists `verdicts` and `numerics`, a file of each model, in the same order.
 
     Params: experiment, experiment_config, models (name -> specification). Raises DamagedFileError.
     """
