@@ -62,7 +62,7 @@ def contribution(loaded, run, layer: int, component: str) -> Contribution:
 def test_classes_are_those_of_the_algebra(network):
     name, loaded, run = network
     sites = [(0, "attn"), (0, "mlp"), (1, "mlp")]
-    bootstrap = Bootstrap.of(len(TOKENS), 0)
+    bootstrap = Bootstrap.draw(len(TOKENS), 0)
     estimates = [estimate(contribution(loaded, run, *site), bootstrap) for site in sites]
     floors = {("toy", layer, component, None): FLOOR for layer, component in sites}
     for site, row in zip(sites, classify(estimates, floors), strict=True):

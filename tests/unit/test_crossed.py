@@ -99,7 +99,7 @@ def test_intervals_of_a_ratio_cover_between_92_and_97_percent():
     """Repair = 0.3 loss + noise, both with a component that the replacement prompts share."""
     rng = np.random.default_rng(4)
     trials, prompts, store, draws = 400, 40, 20, 3
-    bootstrap = Bootstrap.of(prompts, 0, resamples=500)
+    bootstrap = Bootstrap.draw(prompts, 0, resamples=500)
     covered = {"ratio": 0, "mean": 0}
     for _ in range(trials):
         ids = drawn(rng, prompts, store, draws)

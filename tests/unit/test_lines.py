@@ -13,7 +13,7 @@ from selfrepair.analysis.statistics import Bootstrap
 def pairs(x, y, bootstrap=None):
     """Pairs with one draw per prompt."""
     x, y = (np.asarray(values, dtype=float).reshape(len(values), -1) for values in (x, y))
-    return Pairs(x, y, Design(*x.shape), bootstrap or Bootstrap.of(len(x), 0, resamples=50))
+    return Pairs(x, y, Design(*x.shape), bootstrap or Bootstrap.draw(len(x), 0, resamples=50))
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])
@@ -32,7 +32,7 @@ def test_lines_and_correlations_are_scipys(kind):
 def test_intervals_are_quantiles_over_resampled_prompts():
     rng = np.random.default_rng(3)
     x, y = rng.normal(10, 1, 12), rng.normal(-4, 1, 12)
-    bootstrap = Bootstrap.of(12, 0, resamples=200)
+    bootstrap = Bootstrap.draw(12, 0, resamples=200)
     slopes, correlations = [], []
     for counts in bootstrap.counts:
         drawn = np.repeat(np.arange(12), counts)
@@ -57,14 +57,14 @@ def test_constants_have_no_correlation_and_carry_no_line():
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_too_few_prompts_have_neither_interval_nor_line(prompts):
     x = np.arange(float(prompts))
-    bootstrap = Bootstrap.of(prompts, 0, resamples=20)
+    bootstrap = Bootstrap.draw(prompts, 0, resamples=20)
     assert np.isnan(bootstrap.interval(bootstrap.means(x[:, None]))).all()
     assert np.isnan(pairs(x, x).line().slope[0]) and np.isnan(pairs(x, x).correlation()[0])
 
 
 def test_three_prompts_leave_out_the_resamples_that_have_no_slope():
     x = np.array([0.0, 1.0, 2.0])
-    assert pairs(x, 2 * x + 1, Bootstrap.of(3, 0, resamples=900)).line().slope == pytest.approx((2, 2, 2))
+    assert pairs(x, 2 * x + 1, Bootstrap.draw(3, 0, resamples=900)).line().slope == pytest.approx((2, 2, 2))
 
 
 def test_the_dose_response_is_the_slope_within_prompts():
@@ -75,11 +75,11 @@ def test_the_dose_response_is_the_slope_within_prompts():
     dose = rng.normal(size=(prompts, draws))
     dose -= dose.mean(1, keepdims=True)
     x, y = level + dose, level - 0.5 * dose
-    both = Pairs(x, y, Design(prompts, draws), Bootstrap.of(prompts, 0, resamples=100))
+    both = Pairs(x, y, Design(prompts, draws), Bootstrap.draw(prompts, 0, resamples=100))
     assert both.line().slope[0] == pytest.approx(1)
     slope, r2 = both.within()
     assert slope == pytest.approx((-0.5, -0.5, -0.5)) and r2 == pytest.approx(1)
-    noisy = Pairs(x, y + rng.normal(size=x.shape), Design(prompts, draws), Bootstrap.of(prompts, 0))
+    noisy = Pairs(x, y + rng.normal(size=x.shape), Design(prompts, draws), Bootstrap.draw(prompts, 0))
     slope, r2 = noisy.within()
     centred = [values - values.mean(1, keepdims=True) for values in noisy._rows]
     fit = scipy.stats.linregress(*(values.ravel() for values in centred))
@@ -102,7 +102,7 @@ def planted(rng, prompts, store, draws, shared):
 @pytest.mark.parametrize("shared", [0.0, 0.3])
 def test_the_interval_of_a_dose_response_covers_the_truth(shared):
     rng = np.random.default_rng(5)
-    bootstrap = Bootstrap.of(30, 0, resamples=400)
+    bootstrap = Bootstrap.draw(30, 0, resamples=400)
     inside = 0
     trials = 300
     for _ in range(trials):
@@ -114,7 +114,7 @@ def test_the_interval_of_a_dose_response_covers_the_truth(shared):
 
 def test_intervals_of_slope_and_correlation_cover_the_truth():
     rng = np.random.default_rng(7)
-    bootstrap = Bootstrap.of(40, 5, resamples=400)
+    bootstrap = Bootstrap.draw(40, 5, resamples=400)
     trials, inside = 400, np.zeros(2)
     for _ in range(trials):
         x = 1.0 + rng.normal(size=40)

@@ -14,10 +14,10 @@ from selfrepair.analysis.statistics import (
 
 
 def test_resamples_are_seeded_and_of_full_size():
-    first = Bootstrap.of(17, seed_of("facts", 3), resamples=200)
+    first = Bootstrap.draw(17, seed_of("facts", 3), resamples=200)
     assert (first.counts.sum(1) == 17).all()
-    assert np.array_equal(first.counts, Bootstrap.of(17, seed_of("facts", 3), resamples=200).counts)
-    assert not np.array_equal(first.counts, Bootstrap.of(17, seed_of("facts", 4), resamples=200).counts)
+    assert np.array_equal(first.counts, Bootstrap.draw(17, seed_of("facts", 3), resamples=200).counts)
+    assert not np.array_equal(first.counts, Bootstrap.draw(17, seed_of("facts", 4), resamples=200).counts)
     # Poisson(1) in all but name: a prompt is left out of a resample with probability (1 - 1/n)^n.
     assert (first.counts == 0).mean() == pytest.approx((1 - 1 / 17) ** 17, abs=0.02)
 
@@ -30,7 +30,7 @@ def test_seed_separates_its_keys():
 def test_resampled_means_are_those_of_the_resampled_prompts():
     rng = np.random.default_rng(0)
     columns = rng.normal(5, 2, (9, 4))
-    bootstrap = Bootstrap.of(9, 1, resamples=1100)  # more than two blocks
+    bootstrap = Bootstrap.draw(9, 1, resamples=1100)  # more than two blocks
     means = bootstrap.means(columns)
     for b in (0, 511, 512, 1099):
         drawn = [p for p in range(9) for _ in range(bootstrap.counts[b, p])]
@@ -49,7 +49,7 @@ def test_mean_interval_agrees_with_scipy():
     expected = scipy.stats.bootstrap(
         (x,), np.mean, n_resamples=20_000, confidence_level=level, method="percentile", rng=0
     ).confidence_interval
-    bootstrap = Bootstrap.of(60, 0, resamples=20_000)
+    bootstrap = Bootstrap.draw(60, 0, resamples=20_000)
     low, high = bootstrap.interval(bootstrap.means(x[:, None]))
     width = expected.high - expected.low
     assert low[0] == pytest.approx(expected.low, abs=0.03 * width)
@@ -57,7 +57,7 @@ def test_mean_interval_agrees_with_scipy():
 
 
 def test_mostly_undefined_statistics_have_no_interval():
-    bootstrap = Bootstrap.of(5, 0, resamples=100)
+    bootstrap = Bootstrap.draw(5, 0, resamples=100)
     replicates = np.stack([np.where(np.arange(100) < k, 1.0, np.nan) for k in (100, 50, 49)], axis=1)
     low, _ = bootstrap.interval(replicates)
     assert low[:2] == pytest.approx([1, 1]) and np.isnan(low[2])
@@ -73,7 +73,7 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty(prompts):
     rng = np.random.default_rng(7)
     x = 1.0 + rng.normal(size=(prompts, 1500))
     y = -0.1 - 0.6 * x + 0.5 * rng.normal(size=x.shape)
-    bootstrap = Bootstrap.of(prompts, 5, resamples=1000)
+    bootstrap = Bootstrap.draw(prompts, 5, resamples=1000)
     means_x, means_y = bootstrap.means(x), bootstrap.means(y)
     for truth, replicates in ((1.0, means_x), (-0.7, ratio(means_y, means_x))):
         low, high = bootstrap.interval(replicates)

@@ -13,7 +13,7 @@ from selfrepair.analysis.statistics import Bootstrap
 from selfrepair.analysis.thresholds import FALSE_DISCOVERY_RATE, MIN_LOSS_SHARE, MIN_LOSS_TO_NOISE
 
 PROMPTS, DRAWS = 30, 3
-BOOTSTRAP = Bootstrap.of(PROMPTS, 0, resamples=500)
+BOOTSTRAP = Bootstrap.draw(PROMPTS, 0, resamples=500)
 KEYS = {"experiment": "e", "model": "m", "source": "s", "ablation": "zero", "component": "attn", "head": None}
 FLOOR = 1e-6
 
@@ -110,7 +110,7 @@ def test_the_share_of_the_loss_decides_at_its_threshold(share, expected):
 def test_with_fewer_than_three_prompts_the_class_is_undecided():
     two = planted().select(np.arange(2))
     (row,) = verdicts.classify(
-        [verdicts.estimate(two, Bootstrap.of(2, 0, resamples=50))], {("s", 0, "attn", None): FLOOR}
+        [verdicts.estimate(two, Bootstrap.draw(2, 0, resamples=50))], {("s", 0, "attn", None): FLOOR}
     )
     assert row["class"] == "undecided" and np.isnan(row["restoration_low"])
 

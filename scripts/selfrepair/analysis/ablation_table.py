@@ -25,7 +25,7 @@ ABLATIONS = pa.schema(
         ("prompts", pa.int32()),
         ("draws", pa.int32()),
         ("layers", pa.int32()),  # how many are ablated
-        ("layers_less", pa.int32()),  # in how many the mean drop costs less than the mean delta_unembed says
+        ("layers_less", pa.int32()),  # at how many the mean drop is below the mean delta_unembed
         ("crossings", pa.list_(pa.int16())),  # layers on the other side of the diagonal than the layer before
         (
             "crossing_layer",
@@ -79,7 +79,7 @@ class AblationTotals:
 class _Total:
     def __init__(self, row: Contribution) -> None:
         self.keys, self.design = row.keys, row.design
-        self.less: dict[int, bool] = {}  # layer -> whether the cluster costs less than it says
+        self.less: dict[int, bool] = {}  # layer -> whether the mean drop is below the mean delta_unembed
         self._drop: Array = np.zeros_like(row.drop)  # (prompt, draw), summed over layers
         self._count = 0
 
@@ -98,7 +98,7 @@ class _Total:
 def crossing(less: dict[int, bool]) -> tuple[list[int], int | None]:
     """Return the layers at which the cluster changes sides, and the first layer from which on it costs less.
 
-    `less`: layer -> whether the cluster's mean costs less than it says.
+    `less`: layer -> whether the mean drop is below the mean delta_unembed, both aligned.
     """
     layers = sorted(less)
     crossings = [layer for before, layer in itertools.pairwise(layers) if less[layer] != less[before]]

@@ -1,4 +1,4 @@
-"""One ablated contribution as arrays: what its rows say about loss, repair and the norm (analysis.md, section 1)."""
+"""One ablated contribution as arrays: drop, loss, repair and norm of its rows (T, D, R and N of the glossary)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ MEANS = (
 )
 SHARES = (
     "share_above",  # delta_unembed > drop (McGrath et al. Fig. 2d)
-    "share_less",  # the drop costs less than delta_unembed says, aligned with the sign of delta_unembed
+    "share_less",  # the drop is below delta_unembed, both aligned with the sign of delta_unembed
     "share_more",
     "share_sign",  # the drop has the other sign
     "share_less_direct",  # share_less if the drop were D alone
@@ -131,7 +131,7 @@ def shares(row: Contribution) -> dict[str, Array]:
     """Return the indicators behind SHARES, (prompt, draw) each and equal for all draws of a prompt.
 
     They compare a prompt's drop T, averaged over draws, with delta_unembed = u, both times the sign of u: 0 <= T < |u|
-    costs less than it says, T >= |u| costs more, and T < 0 changes sign.
+    is `share_less`, T >= |u| is `share_more`, and T < 0 is `share_sign`.
     """
     u = row.unembed.mean(1)
     sign, size = np.sign(u), abs(u)

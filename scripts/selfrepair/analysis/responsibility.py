@@ -1,4 +1,4 @@
-"""Which downstream contributions are responsible for repair, and how (analysis.md, section 4)."""
+"""Which downstream contributions are responsible for repair, and how."""
 
 import numpy as np
 from numpy.typing import NDArray

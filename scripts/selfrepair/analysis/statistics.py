@@ -1,21 +1,19 @@
-"""Statistics over prompts, for many columns at once: least squares, correlation, bootstrap intervals.
+"""Bootstrap resamples of prompts, and percentile intervals of many columns at once.
 
-Prompts are the independent unit: draws of a prompt are averaged before anything here.
+Prompts are the independent unit. Draws of a prompt are averaged before anything here.
 
-Why not scipy.stats.bootstrap: a model's summary asks for intervals of tens of thousands of statistics over
-the same prompts. There each call draws its own resamples and copies the data once per resample: slow, and
-two layers of a figure would not be compared on the same resamples. Every statistic here is a function of
-weighted means (of x, y, xy, ...), and a resample of prompts is a vector of multinomial counts; so all
-resamples of all columns are one matrix product, counts @ columns / n, and the counts are made once per data
-set.
+Why not scipy.stats.bootstrap: a summary needs intervals of tens of thousands of statistics over the same prompts, and
+scipy draws new resamples and copies the data once per resample in every call. Two layers of a figure would then be
+compared on different resamples. Every statistic here is a function of weighted means (of x, y, xy, ...). A resample
+of prompts is a vector of multinomial counts, so one matrix product, counts @ columns / n, gives all resamples of all
+columns. The counts are drawn once per data set.
 
-Why percentiles, and which: the percentile interval keeps to a statistic's range (a share stays in [0, 1])
-and needs no standard error, but is too narrow for few prompts, by the factor sqrt((n-1)/n) and by normal
-instead of t quantiles. Hesterberg's expanded percentile (2015, "What Teachers Should Know About the
-Bootstrap", The American Statistician 69:371) mends both by taking the percentiles at
-Phi(-sqrt(n/(n-1)) t_{n-1}) instead of 2.5 % (25 prompts: 1.8 %). BCa corrects skewness, which at these
-sizes is the smaller error, and its acceleration is unstable where a ratio's denominator is near zero: not
-used.
+Why percentiles: a percentile interval stays within a statistic's range (a share stays in [0, 1]) and needs no
+standard error. With few prompts it is too narrow, by the factor sqrt((n-1)/n) and because it uses normal instead of
+t quantiles. Hesterberg's expanded percentile (2015, "What Teachers Should Know About the Bootstrap", The American
+Statistician 69:371) corrects both: it takes the percentiles at Phi(-sqrt(n/(n-1)) t_{n-1}) instead of 2.5 % (1.8 %
+with 25 prompts). BCa is not used: it corrects skewness, the smaller error at these sizes, and its acceleration is
+unstable if a ratio's denominator is near zero.
 """
 
 import functools
@@ -34,7 +32,7 @@ _BLOCK = 512  # resamples whose counts are expanded to float64 at once
 
 
 def seed_of(*keys: object) -> int:
-    """A 128-bit seed that depends on the keys alone, not on the order in which anything is computed."""
+    """Return a 128-bit seed that depends on the keys only, so the order of the computation does not matter."""
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, keys)).encode()).digest()[:16])
 
 
@@ -45,10 +43,10 @@ class Bootstrap:
     counts: NDArray[np.uint8]  # (resample, prompt), rows sum to n
 
     @classmethod
-    def of(cls, prompts: int, seed: int, resamples: int = RESAMPLES) -> "Bootstrap":
+    def draw(cls, prompts: int, seed: int, resamples: int = RESAMPLES) -> "Bootstrap":
         """Draw the resamples. The same arguments give the same resamples."""
         rng = np.random.default_rng(seed)
-        # A count above 255 has probability below 1e-500: the counts are Poisson(1) in all but name.
+        # A count above 255 has a probability below 1e-500, because the counts are nearly Poisson(1).
         counts = np.empty((resamples, prompts), dtype=np.uint8)
         for row in counts if prompts else ():
             row[:] = np.bincount(rng.integers(0, prompts, prompts), minlength=prompts)
@@ -56,11 +54,11 @@ class Bootstrap:
 
     @property
     def prompts(self) -> int:
-        """How many prompts each resample is drawn from, and holds."""
+        """Return the number of prompts of a resample."""
         return self.counts.shape[1]
 
     def means(self, columns: Array) -> Array:
-        """Mean of each column in each resample: (prompt, column) -> (resample, column)."""
+        """Return the mean of each column in each resample: (prompt, column) -> (resample, column)."""
         means = np.empty((len(self.counts), columns.shape[1]))
         for start in range(0, len(means), _BLOCK):
             block = self.counts[start : start + _BLOCK].astype(np.float64)
@@ -68,10 +66,10 @@ class Bootstrap:
         return means
 
     def interval(self, replicates: Array) -> tuple[Array, Array]:
-        """Expanded-percentile interval per column: (resample, column) -> two of (column,).
+        """Return the expanded-percentile interval per column: (resample, column) -> two arrays (column,).
 
-        Resamples in which a statistic is undefined (NaN, infinite: a resample of one prompt has no slope) are
-        left out; where fewer than half of them are defined, or with fewer than 3 prompts, the bounds are NaN.
+        Resamples in which a statistic is NaN or infinite are left out (a resample of one prompt has no slope). The
+        bounds are NaN if fewer than half of the resamples are defined, or with fewer than 3 prompts.
         """
         columns = replicates.shape[1]
         low, high = np.full(columns, np.nan), np.full(columns, np.nan)
@@ -90,12 +88,12 @@ class Bootstrap:
 
 @functools.cache
 def tail_probability(prompts: int, level: float = LEVEL) -> float:
-    """Hesterberg's expanded percentile: the share of resamples left out at either end."""
+    """Return the share of resamples that Hesterberg's expanded percentile leaves out at each end."""
     t = stats.t.ppf((1 - level) / 2, prompts - 1)
     return float(stats.norm.cdf(np.sqrt(prompts / (prompts - 1)) * t))
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:
-    """numerator / denominator; NaN where the denominator is 0. Never -0."""
+    """Return numerator / denominator: NaN where the denominator is 0, and never -0."""
     safe = np.where(denominator == 0, np.nan, denominator)
     return np.asarray(numerator / safe + 0.0)

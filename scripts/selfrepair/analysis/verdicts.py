@@ -1,7 +1,7 @@
 """The verdict on every ablated contribution: is there something to repair, and is it repaired?
 
-`estimate` reduces the rows of one contribution to means with intervals; `classify` compares the contributions of an
-experiment and model with each other and gives each its class. The contract is analysis.md, sections 1 to 4. The
+`estimate` reduces the rows of one contribution to means with intervals. `classify` compares the contributions of an
+experiment and model with each other and gives each its class. Readings and classes are defined in docs/glossary.md. The
 report takes every count and every sentence from the table `VERDICTS`.
 """
 

@@ -32,8 +32,8 @@ log = logging.getLogger("selfrepair")
 def run(job: Job, session: object) -> None:
     """Read `cells` and `clean` (lists of paths); write `numerics` and every table of grid.SUMMARY_TABLES.
 
-    Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError for a file that does not hold
-    what was written, InputError for missing, foreign, differing or not finite cells.
+    Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError if a file's contents are not what was
+    written, and InputError for cells that are missing, not finite, or of another experiment, model or clean table.
     """
     sources: dict[str, _Source] = {}
     for path in job.input["clean"]:
@@ -48,7 +48,9 @@ def run(job: Job, session: object) -> None:
     for path in job.input["cells"]:
         cell = read_cell(path)
         if cell.source not in sources:
-            raise _foreign(path, f"is of source {cell.source!r}, which has no clean table among the inputs")
+            raise _foreign(
+                path, f"belongs to source {cell.source!r}, which has no clean table among the inputs"
+            )
         source = sources[cell.source]
         source.add(cell)
         parallel = cell.layer in source.parallel
@@ -110,7 +112,7 @@ def _numerics(
 
 
 class _Source:
-    """One data set: its clean table, its prompts and their resamples, and what its cells have shown."""
+    """One data set: its clean table, its prompts and their resamples, and the cells read so far."""
 
     def __init__(self, path: str, params: dict[str, Any]) -> None:
         self.path = path
@@ -119,8 +121,9 @@ class _Source:
         self.parallel = _parallel_layers(self.facts.get("adapter") or {})
         self.name = str(self.clean["source"][0])
         self.keys = params["experiment"], params["model"]
-        if (found := (str(self.clean["experiment"][0]), str(self.clean["model"][0]))) != self.keys:
-            raise _foreign(path, f"is of {' / '.join(found)}, not of {' / '.join(self.keys)}")
+        keys = str(self.clean["experiment"][0]), str(self.clean["model"][0])
+        if keys != self.keys:
+            raise _foreign(path, f"belongs to {' / '.join(keys)}, not to {' / '.join(self.keys)}")
         order = np.argsort(self.clean["prompt"].to_numpy())
         self.prompts = self.clean["prompt"].to_numpy()[order]
         self.correct = (
@@ -135,19 +138,19 @@ class _Source:
         self.ablated: tuple[tuple[str, int | None], ...] | None = None
 
     def _subsets(self, seed: int) -> dict[str, tuple[NDArray[np.intp], Bootstrap]]:
-        places = {"all": np.arange(len(self.prompts))}
+        positions = {"all": np.arange(len(self.prompts))}
         if self.correct is not None:
-            places["correct"] = np.flatnonzero(self.correct)
+            positions["correct"] = np.flatnonzero(self.correct)
         return {
-            subset: (at, Bootstrap.of(len(at), seed_of("bootstrap", seed, *self.keys, self.name, subset)))
-            for subset, at in places.items()
+            subset: (at, Bootstrap.draw(len(at), seed_of("bootstrap", seed, *self.keys, self.name, subset)))
+            for subset, at in positions.items()
         }
 
     def add(self, cell: Cell) -> None:
-        """Check a cell against the others and audit its rows."""
+        """Check a cell against the clean table and the other cells. Raises InputError."""
         if (cell.experiment, cell.model) != self.keys:
-            found = f"{cell.experiment} / {cell.model}"
-            raise _foreign(cell.path, f"is of {found}, not of {' / '.join(self.keys)}")
+            keys = f"{cell.experiment} / {cell.model}"
+            raise _foreign(cell.path, f"belongs to {keys}, not to {' / '.join(self.keys)}")
         paths = self.seen.setdefault(cell.ablation, {})
         if cell.layer in paths:
             raise _foreign(
@@ -167,7 +170,7 @@ class _Source:
             raise _foreign(cell.path, f"has components {cell.ablated}, other cells {self.ablated}")
 
     def check_complete(self) -> None:
-        """Every ablation must have the same layers, and the control must be among them."""
+        """Raise InputError unless every ablation has the same layers and the control is among them."""
         if CONTROL not in self.seen:
             raise _missing(self.name, f"no cell of the control {CONTROL!r} among the inputs")
         every = set().union(*self.seen.values())
@@ -177,7 +180,7 @@ class _Source:
 
 
 def _parallel_layers(adapter: dict[str, Any]) -> frozenset[int]:
-    """Layers whose MLP does not read their attention, from the adapter's description in a file's metadata."""
+    """Return the layers whose MLP does not read their attention, from the adapter's description in the metadata."""
     kinds = adapter.get("layers", [])
     return frozenset(number for kind in kinds if kind["parallel"] for number in kind["which"])
 
@@ -187,7 +190,7 @@ def _same(a: NDArray[np.bool_] | None, b: NDArray[np.bool_] | None) -> bool:
 
 
 def _shared(facts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The entries that all clean tables agree on and that are not theirs alone: model, versions, device."""
+    """Return the metadata that all clean tables share: model, versions, device."""
     first, *others = facts
     own = ("content_sha256", "schema_version", "dataset", "source", "engine", "config")
     return {k: v for k, v in first.items() if k not in own and all(o.get(k) == v for o in others)}
@@ -200,5 +203,5 @@ def _foreign(path: str | Path, what: str) -> InputError:
 
 def _missing(source: str, what: str) -> InputError:
     return InputError(
-        what, where=f"source {source!r}", remedy="run the whole workflow: it computes what is missing."
+        what, where=f"source {source!r}", remedy="run the whole workflow: it computes missing files."
     )
