@@ -1,6 +1,6 @@
-# `make` sets up .venv/ and runs config.yaml to the reports; `make test` sets it up and runs the tests.
+# `make` sets up .venv/ and runs config.yaml (or `make CONFIG=my-config.yaml`) to the reports; `make test` sets it up and runs the tests.
 # Both may be called again at any time: what is done is not done again. Options: `make SNAKEMAKE="-n"`.
-.PHONY: run test check estimate provenance verify clean-results prune test-cluster clean-venv
+.PHONY: run test lint check estimate provenance verify clean-results prune test-cluster clean-venv
 .DEFAULT_GOAL := run
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,18 +16,22 @@ BENCH ?=
 FORMATTED := Snakefile workflow/rules
 
 run: $(STAMP)
-	.venv/bin/snakemake --cores $(CORES) $(SNAKEMAKE)
+	.venv/bin/snakemake --cores $(CORES) $(if $(filter-out config.yaml,$(CONFIG)),--configfile $(CONFIG)) $(SNAKEMAKE)
 
 # Files of tests side by side: most of the time goes into starting processes.
-test: check
+test: lint
 	.venv/bin/pytest --numprocesses $(CORES) --dist loadfile --durations 10
 
-check: $(STAMP)
+lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/snakefmt --line-length 110 --check $(FORMATTED)
 	.venv/bin/snakemake --lint
+
+# Before a run: configuration, data files, tokenizers, devices and disk. `make check CONFIG=my-config.yaml`
+check: $(STAMP)
+	PYTHONPATH=scripts .venv/bin/python -m selfrepair.tools.check --configfile $(CONFIG)
 
 # Before a run: cells, rows, operations, time, disk and memory, and warnings. `make estimate CONFIG=my-config.yaml`
 estimate: $(STAMP)

@@ -54,7 +54,7 @@ def project(cells: int) -> stubproject.Project:
     path = Path(tempfile.mkdtemp())
     found = stubproject.Project.stub(path, config, layers=math.ceil(cells / PER_LAYER))
     for name in names:
-        (path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+        (path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {n}"}}\n' for n in range(8)))
     return found
 
 

@@ -156,7 +156,8 @@ class Project:
             (package / "jobs" / "stages" / f"{stage}.py").write_text(STAGE)
         write_model(path / "model", layers)
         for name in "ab":
-            (path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+            texts = [json.dumps({"text": f"{name} {number}"}) + "\n" for number in range(8)]
+            (path / f"{name}.jsonl").write_text("".join(texts))
         return cls(path, config)
 
     def configure(self, config: dict[str, Any]) -> None:

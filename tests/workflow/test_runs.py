@@ -56,6 +56,15 @@ def test_bad_data_stops_the_run_before_any_model_work(project: Project) -> None:
     assert {stage for stage, *_ in project.ran()} == {"tokens"}
 
 
+def test_bad_data_is_reported_before_any_job(project: Project) -> None:
+    with open(project.path / "b.jsonl", "a") as file:
+        file.write("{\n")
+    printed = project.snakemake(status=1)
+    assert "Error: 1 problem, found before any job:" in printed and "b.jsonl, line 9: is not JSON" in printed
+    assert "Traceback" not in printed
+    assert project.ran() == []
+
+
 def test_jobs_do_not_wait_for_a_limit_on_submissions(project: Project) -> None:
     """Snakemake's timers for it take a processor from the arithmetic (workflow/rules/common.smk)."""
     project.patience = 60.0

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
 from selfrepair.errors import InputError
 from selfrepair.jobs import lifeline
 from selfrepair.planning import console, figure_names, grid, runlock, startup, undeclared
+from selfrepair.tools import check
 
 update_config(config, startup.parse_overrides(workflow.config_settings.config))
 PLAN = startup.load_plan(config, workflow.overwrite_configfiles or ["config.yaml"])
@@ -80,6 +81,8 @@ onstart:
         )
     except InputError as error:
         sys.exit(f"Error: {error}")
+    if errors := check.problems(PLAN.config, local=workflow.local_exec):
+        sys.exit(check.message(errors))
     if text := undeclared.warning(PLAN, startup.clean_command(workflow.overwrite_configfiles)):
         print(text, file=sys.stderr)
     for name in startup.fix_future_timestamps(PLAN.intermediates()):

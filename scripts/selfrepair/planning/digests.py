@@ -20,7 +20,7 @@ from selfrepair.storage import atomic, checkpoints, contents
 
 CACHE = f"{RESULTS}/.cache/digests.json"
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -62,7 +62,7 @@ def tokenizer_digest(model: Model) -> str:
     if not model.local:
         return f"hub:{model.path}@{model.revision}"
     directory = Path(model.location)
-    files = sorted({path for pattern in _TOKENIZER_FILES for path in directory.glob(pattern)})
+    files = sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)})
     # transformers picks the tokenizer's class by these keys if the tokenizer's own files name none.
     config = checkpoints.model_config(model.location)
     kind = [config.get("model_type"), config.get("tokenizer_class")]

@@ -48,6 +48,11 @@ def estimates(config: Config) -> list[Costs]:
     return found
 
 
+def disk_bytes(cost: Costs) -> float:
+    """Return the bytes that the results of one experiment and model take on disk."""
+    return sum(cost.disk.values())
+
+
 def speed(model: Model, positions: str, length: int, device: str) -> float:
     """Operations per second that the engine gets out of a device with matrices of `model`'s widths.
 

@@ -1,0 +1,148 @@
+"""`make check`: every problem of data, tokenizers, devices and disk at once, before any job."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import projects
+import pytest
+import yaml
+from selfrepair.planning.config import Config
+from selfrepair.prompts import readers
+from selfrepair.tools import check
+
+Change = Callable[[Path, dict[str, Any]], object]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sound project: 12 facts with answers, 12 lines of Python, 4 + 4 prompts needed."""
+    projects.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    facts = [{"prompt": f"The capital of country {n} is", "attribute": f"city {n}"} for n in range(12)]
+    (tmp_path / "data/facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    (tmp_path / "data/python.txt").write_text("".join(f"import module_{n}\n" for n in range(12)))
+    return tmp_path
+
+
+def values() -> dict[str, Any]:
+    raw = projects.raw()
+    raw["experiments"]["grid"] |= {"samples": 4, "store": 4, "draws": 2}
+    return raw
+
+
+def config(root: Path, raw: dict[str, Any] | None = None) -> Config:
+    return projects.load(root, raw or values())
+
+
+def append(name: str, text: str) -> Change:
+    def change(root: Path, raw: dict[str, Any]) -> None:
+        path = root / "data" / name
+        path.write_bytes(path.read_bytes() + text.encode("latin-1"))
+
+    return change
+
+
+def test_a_sound_project_has_no_problem(root: Path) -> None:
+    assert check.problems(config(root)) == []
+
+
+BROKEN: dict[str, tuple[Change, tuple[str, ...]]] = {
+    "bad JSON": (append("facts.jsonl", "{\n"), ("facts.jsonl, line 13: is not JSON",)),
+    "a missing field": (append("facts.jsonl", '{"text": "x"}\n'), ("facts.jsonl, line 13", "'prompt'")),
+    "an empty text": (append("facts.jsonl", '{"prompt": " ", "attribute": "a"}\n'), ("line 13", "is empty")),
+    "no UTF-8": (append("python.txt", "caf\xe9\n"), ("python.txt, line 13: is not UTF-8",)),
+    "too few texts": (
+        lambda root, raw: raw["experiments"]["grid"].update(samples=10),
+        ("python.txt: has 12 different usable texts", "experiments.grid needs 14 (10 samples + 4 store)"),
+    ),
+    "repeated texts": (
+        lambda root, raw: (root / "data/python.txt").write_text("import os\n" * 40),
+        ("python.txt: has 1 different usable texts (40 records",),
+    ),
+    "no answers": (
+        lambda root, raw: (
+            raw["experiments"]["grid"].update(target="answer", datasets=["facts"]),
+            (root / "data/facts.jsonl").write_text(
+                "".join(json.dumps({"prompt": f"p {n}", "attribute": None}) + "\n" for n in range(12))
+            ),
+        ),
+        ("facts.jsonl: has 0 texts with an answer, but experiments.grid needs 8",),
+    ),
+    "no CUDA": (
+        lambda root, raw: raw["models"]["demo"].update(device="cuda:1"),
+        ("models.demo.device: 'cuda:1' is not available: this machine has no CUDA device",),
+    ),
+    "no tokenizer": (
+        lambda root, raw: (root / "models/demo/tokenizer.json").unlink(),
+        ("models/demo: has no tokenizer files",),
+    ),
+    "too large": (
+        lambda root, raw: raw["experiments"]["grid"].update(draws=32767, store=5, samples=5, layers="all"),
+        ("GB free, but the results need about",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_would_stop_a_run_is_found_before_it(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "cuda_devices", lambda: 0)
+    usage = type("usage", (), {"free": 1e6 if name == "too large" else 1e12})
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: usage)
+    raw = values()
+    change, facts = BROKEN[name]
+    change(root, raw)
+    text = check.message(check.problems(config(root, raw)))
+    for fact in (*facts, "What to do: "):
+        assert fact in text, text
+
+
+def test_all_problems_are_reported_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "cuda_devices", lambda: 0)
+    raw = values()
+    for name in ("bad JSON", "a missing field", "no UTF-8", "no CUDA", "no tokenizer"):
+        BROKEN[name][0](root, raw)
+    errors = check.problems(config(root, raw))
+    assert len(errors) == 5
+    assert check.message(errors).startswith("Error: 5 problems, found before any job:\n- ")
+
+
+def test_devices_of_other_machines_are_not_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "cuda_devices", lambda: 0)
+    raw = values()
+    raw["models"]["demo"]["device"] = "cuda"
+    assert len(check.problems(config(root, raw))) == 1
+    assert check.problems(config(root, raw), local=False) == []
+
+
+def test_sound_data_are_read_once_and_changed_data_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    real = readers.check
+
+    def counted(dataset: Any, **options: bool) -> readers.DataCheck:
+        reads.append(dataset.name)
+        return real(dataset, **options)
+
+    monkeypatch.setattr(readers, "check", counted)
+    assert check.problems(config(root)) == check.problems(config(root)) == []
+    assert reads == ["facts", "python"]
+    append("python.txt", "import last\n")(root, {})
+    assert check.problems(config(root)) == []
+    assert reads == ["facts", "python", "python"]
+    append("python.txt", "caf\xe9\n")(root, {})
+    assert check.problems(config(root)) and check.problems(config(root))  # a problem is not cached
+
+
+def test_the_command_prints_counts_or_problems(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "config.yaml").write_text(yaml.safe_dump(values()))
+    assert check.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "grid / facts: 12 different texts, 12 with an answer, 0 bad rows skipped; 8 needed" in printed
+    assert "config.yaml is sound: 96 cells" in printed
+    append("facts.jsonl", "{\n")(root, {})
+    assert check.main([]) == 1
+    assert "1 problem, found before any job" in capsys.readouterr().err
+    assert check.main(["--configfile", "nowhere.yaml"]) == 1
