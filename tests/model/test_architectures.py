@@ -36,6 +36,13 @@ def test_at_least_forty_types_are_measured():
     assert len(types) >= 40, sorted(types)
 
 
+def test_heads_are_found_in_at_least_forty_types():
+    outcomes = [architectures.examine(name) for name in architectures.cases()]
+    with_heads = {o.model_type for o in outcomes if o.status == "measured" and not o.no_heads}
+    assert len(with_heads) >= 40, sorted(with_heads)
+    assert all(len(o.no_heads) > 20 for o in outcomes if o.heads == "no")
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -294,27 +294,23 @@ def _contributions(kinds: list[dict[str, Any]]) -> str:
 
 HEADER = """# Architectures
 
-Which modules hold the contributions, which norm reads the residual stream and which engine path is safe is found by
-how a model behaves, not by its name ([models](../scripts/selfrepair/models)). This table is what came out for
-every type of causal language model in transformers {version}, as a random model of four layers in float64, with
-prompts longer than any attention window. It is written by
+This table shows which causal language models can be measured. It covers every type in transformers {version}, each as
+a random model of four layers in float64, with prompts longer than any attention window. Detection observes how a model
+behaves and knows no names ([models](../scripts/selfrepair/models)). The same detection, closure and path checks run on
+every model that is loaded, and `numerics.parquet` holds their results. To write this page again:
 
     python tests/support/architectures.py --write docs/architectures.md
 
-and `tests/model/test_architectures.py` fails when code and table part.
+`tests/model/test_architectures.py` fails if code and table differ.
 
-- *contributions*: the modules whose outputs the layer adds to the residual stream, attention (or what mixes positions
-  in its place, under its own name) first; layer numbers where layers differ; a factor where there is a residual
-  multiplier.
-- *heads*: the number of query heads whose parts make up the attention contribution in every layer; "no" where there is
-  no such split, with the reason in a table of its own.
-- *closure*: what the two leave unexplained of a layer's change of the residual stream, relative.
-- *last*, *all*: the fastest engine path that agrees with full hooked forward passes, for either kind of `positions`.
-- *error*: the largest difference of any effect column from one hooked full forward pass per ablation, in logits: both
-  kinds of positions, both components, four layers. The logits themselves are of the order of 10.
-
-The same detection, closure and path checks run on every model that is loaded; what they find is in
-`numerics.parquet`.
+- *contributions*: the modules whose outputs the layer adds to the residual stream. The first one is attention or
+  another block that mixes positions. Layer numbers follow where layers differ; a factor is a residual multiplier.
+- *last*, *all*: the fastest engine path that agrees with full hooked forward passes, for each kind of `positions`.
+- *heads*: the number of query heads that make up the attention contribution of every layer. "no": there is no such
+  split, for the reason in the second table.
+- *closure*: relative error of the sum of both contributions as the layer's change of the residual stream.
+- *error*: largest difference of any effect column from one hooked full forward pass per ablation, in logits, over both
+  kinds of positions, both components and four layers. The logits themselves are about 10.
 """
 
 
@@ -338,11 +334,11 @@ def table(outcomes: list[Outcome]) -> str:
     lines += [f"| {o.name} | {_cell(o.reason)} |" for o in refused]
     lines += ["", f"## Not tried: {len(absent)}", ""]
     lines += [
-        "No tiny model of these could be made from a configuration alone (most are multimodal wrappers whose",
-        "towers have no small setting here); at load they face the same checks.",
+        "No tiny model of these types can be built from a configuration alone. Most are multimodal wrappers whose",
+        "towers have no small setting here. A checkpoint of such a type passes through the same checks at load.",
         "",
     ]
-    lines += ["| model | what stood in the way |", "|---|---|"]
+    lines += ["| model | error |", "|---|---|"]
     lines += [f"| {o.name} | {_cell(o.reason)} |" for o in absent]
     return "\n".join(lines) + "\n"
 

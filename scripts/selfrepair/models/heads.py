@@ -190,8 +190,10 @@ def _count_heads(
             splits.append(f"it calls attention {len(candidate.attended)} times")
         else:
             configured = getattr(text_config(model), "num_attention_heads", None)
-            heads = configured if isinstance(configured, int) else 0
-            splits.append(_split(candidate, heads))
+            if isinstance(configured, int):
+                splits.append(_split(candidate, configured))
+            else:
+                splits.append("its configuration does not state one number of attention heads")
     splits = _confined(model, layers, found, splits, streams)
     return _weighed(model, layers, found, splits, streams)
 
