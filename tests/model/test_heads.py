@@ -9,6 +9,7 @@ from selfrepair.effects import reference
 from selfrepair.errors import InputError
 from selfrepair.models import hooks
 from selfrepair.models.loading import wrap
+from selfrepair.planning.sites import Site
 
 # Grouped and multi-query attention, one head per key, fused projections, biases, parallel blocks, post-norms,
 # multipliers, with and without transformers' attention interface.
@@ -57,7 +58,7 @@ def test_every_head_replaced_alone_agrees_with_a_hooked_forward(loaded):
         split, x = loaded.heads(layer), inputs[layer][0]  # (T, heads * width)
         assert (split.n_heads, split.width) == (tiny_models.HEADS, 16)
         own = loaded.from_heads(layer, x)
-        assert torch.allclose(own, clean.contributions[layer, "attn"].double(), atol=1e-10)
+        assert torch.allclose(own, clean.contributions[Site(layer, "attn")].double(), atol=1e-10)
         for head in range(split.n_heads):
             part = slice(head * split.width, (head + 1) * split.width)
             noise = torch.randn(split.width, generator=generator, dtype=torch.float64)
@@ -71,7 +72,9 @@ def test_every_head_replaced_alone_agrees_with_a_hooked_forward(loaded):
                 expected = reference.forward(loaded, ids).logits
             last = x[-1:].clone()
             last[0, part] = noise
-            actual = reference.forward(loaded, ids, (layer, "attn", loaded.from_heads(layer, last))).logits
+            actual = reference.forward(
+                loaded, ids, (Site(layer, "attn"), loaded.from_heads(layer, last))
+            ).logits
             assert float((actual - expected).abs().max()) < 1e-8
             assert float((actual - clean.logits).abs().max()) > 1e-3
 

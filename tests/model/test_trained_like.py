@@ -13,14 +13,15 @@ from selfrepair.effects.columns import EFFECT, LOGIT, names
 from selfrepair.effects.engine import RowBlock, ablate
 from selfrepair.models.loading import check_closure, wrap
 from selfrepair.models.probes import random_streams
+from selfrepair.planning.sites import Site
 
 EXACT = [name for name in trained_like.VARIANTS if name != "bfloat16"]
 # Layers whose contribution is exactly zero.
 DEAD = {
-    "dead_mlp": [(2, "mlp")],
-    "dead_post_norm": [(1, "mlp"), (2, "mlp")],
-    "dead_attention": [(1, "attn")],
-    "dead_layer": [(1, "attn"), (1, "mlp")],
+    "dead_mlp": [Site(2, "mlp")],
+    "dead_post_norm": [Site(1, "mlp"), Site(2, "mlp")],
+    "dead_attention": [Site(1, "attn")],
+    "dead_layer": [Site(1, "attn"), Site(1, "mlp")],
 }
 
 
@@ -47,14 +48,14 @@ def test_the_ablation_of_a_zero_contribution_is_finite_and_right(name):
         run = clean_run(loaded, [0], ids[None], positions="last")
         target = int(run.direction.target[0])
         generator = torch.Generator().manual_seed(2)
-        for layer, component in DEAD[name]:
-            own = run.contributions[layer, component]
+        for site in DEAD[name]:
+            own = run.contributions[site]
             assert not own.any()
             noise = torch.randn(1, 1, 1, own.shape[-1], generator=generator, dtype=torch.float64)
             value = torch.cat([torch.zeros_like(noise), noise], 1)  # (1, 2 rows, 1, d_model)
-            effects = ablate(loaded, [RowBlock(run, slice(0, 1), value)], layer, component, "last", "full")
+            effects = ablate(loaded, [RowBlock(run, slice(0, 1), value)], site, "last", "full")
             for row in range(2):
-                expected = reference.effects(loaded, ids, layer, component, value[0, row], target)
+                expected = reference.effects(loaded, ids, site, value[0, row], target)
                 for column in names(EFFECT, LOGIT):
                     difference = (getattr(effects, column)[row] - getattr(expected, column)).abs().max()
                     assert float(difference) < 1e-8, column
