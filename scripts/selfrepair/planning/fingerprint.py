@@ -38,7 +38,8 @@ def import_closure(module: str, package: Path = PACKAGE) -> frozenset[str]:
     """Return every module of `package` that importing and running `module` can import, `module` included.
 
     Imports inside functions count, and so do imports for annotations only: an object passed as an argument brings
-    the code of its class. Imports by a computed name are not detected.
+    the code of its class. `import_module(f"package.{name}")` counts as an import of every module in `package`. Other
+    imports by a computed name are not detected.
     """
     closure: set[str] = set()
     waiting = [module]
@@ -74,6 +75,10 @@ def _imports(module: str, package: Path) -> list[str]:
         start = ".".join([*parts[: len(parts) - level + 1], *([base] if base else [])]) if level else base
         # In `from x import y`, y is a module or a name in one. The existence of a file decides.
         names += [start, *(f"{start}.{name}" for name in imported)]
+        if imported == ["*modules"]:
+            names += [
+                f"{start}.{path.stem}" for path in (package.parent / start.replace(".", "/")).glob("*.py")
+            ]
     return [name for name in names if _source(name, package) is not None]
 
 
@@ -117,9 +122,20 @@ def _parsed(source: Path, changed: int) -> _Parsed:
             imports += [(0, alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             imports.append((node.level, node.module or "", [alias.name for alias in node.names]))
+        elif isinstance(node, ast.JoinedStr) and (computed := _computed_module(node)):
+            imports.append((0, computed, ["*modules"]))
         elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [line for line in node.body if not _is_text(line) and not _is_version(line)]
     return _Parsed(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports)
+
+
+def _computed_module(text: ast.JoinedStr) -> str | None:
+    """Return `package` of an f-string `package.{...}`, as in `import_module(f"package.{name}")`, else None."""
+    first = text.values[0] if text.values else None
+    if not (isinstance(first, ast.Constant) and isinstance(first.value, str) and first.value.endswith(".")):
+        return None
+    package = first.value.removesuffix(".")
+    return package if all(part.isidentifier() for part in package.split(".")) else None
 
 
 def _is_text(statement: ast.stmt) -> bool:
