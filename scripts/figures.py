@@ -9,8 +9,8 @@ submit(
         stage="figures",
         input={
             **{name: snakemake.input[name] for name in grid.SUMMARY_TABLES},
-            "numerics": snakemake.input.numerics,
             "clean": list(snakemake.input.clean),
+            "tokens": list(snakemake.input.tokens),
             "cells": list(snakemake.input.cells),
         },
         output={"figures": list(snakemake.output.figures)},

@@ -90,7 +90,10 @@ def _message(log: str) -> tuple[str, str]:
         return after[0], remedy
     if lines:
         return lines[-1], ""
-    return "The log is empty: the job was killed from outside (out of memory, a time limit, or `kill`).", ""
+    return (
+        "The log is empty: the job was killed (out of memory, a time limit), or its script failed (see the messages before).",
+        "",
+    )
 
 
 def headline_lines(plan: Plan) -> list[str]:
