@@ -105,6 +105,25 @@ def expected_errors_of_shared_replacements(rows, prompts):
     return {"mc_error": math.sqrt(now), "mc_error_one_draw": math.sqrt(one)}
 
 
+def expected_shares(rows, prompts):
+    """Shares of prompts whose drop, aligned with delta_unembed, is less or more than it, or of the other sign."""
+    counts = dict.fromkeys(("less", "more", "sign", "less_direct", "less_repair", "less_norm"), 0)
+    terms = {
+        "direct": lambda r: -r["direct_effect"],
+        "repair": lambda r: -r["direct_effect"] - r["compensation_attn"] - r["compensation_mlp"],
+        "norm": lambda r: -r["direct_effect"] - r["norm_effect"],
+    }
+    drops = {name: by_prompt(rows, term) for name, term in terms.items()}
+    drop, unembed = (by_prompt(rows, lambda r, c=c: r[c]) for c in ("delta_ablate", "delta_unembed"))
+    for p in prompts:
+        sign, size = math.copysign(1, unembed[p]), abs(unembed[p])
+        aligned = -sign * drop[p]
+        counts["sign" if aligned < 0 else "less" if aligned < size else "more"] += 1
+        for name, values in drops.items():
+            counts[f"less_{name}"] += 0 <= sign * values[p] < size
+    return {f"share_{name}": count / len(prompts) for name, count in counts.items()}
+
+
 def expected_statistics(rows):
     column = {name: by_prompt(rows, lambda row, name=name: row[name]) for name in EFFECT_COLUMNS}
     prompts = list(column["delta_ablate"])
@@ -136,16 +155,8 @@ def expected_statistics(rows):
         spread = cov(y, y)
         residual = [v - mean(y) - slope * (x - mean(direct)) for x, v in zip(direct, y, strict=True)]
         expected[f"r2{suffix}"] = 1 - math.fsum(r * r for r in residual) / n / spread if spread else None
-    expected["restoration"] = -mean(e["compensation"]) / mean(direct)
-    expected["restoration_total"] = -(mean(e["compensation"]) + mean(e["norm_effect"])) / mean(direct)
-    whole = mean(e["compensation"]) + mean(e["norm_effect"])
-    for name, part in (
-        ("attn", "compensation_attn"),
-        ("mlp", "compensation_mlp"),
-        ("norm", "norm_effect"),
-    ):
-        expected[f"share_{name}"] = mean(e[part]) / whole
 
+    expected |= expected_shares(rows, prompts)
     draws = len(rows) // n
     expected["mc_error"] = expected["mc_error_one_draw"] = None
     if draws > 1 and rows[0]["replacement"] is not None:
@@ -189,20 +200,30 @@ def test_every_statistic_is_what_loops_over_the_rows_give(run, summary, source, 
         assert_equal(row, expected_statistics(cell))
 
 
-def test_planted_truths_are_found(run, summary):
-    found = {
-        (row["source"], row["ablation"], row["layer"], row["component"]): row
-        for row in summary[0].filter(subset="all").to_dicts()
-    }
-    assert set(found) == set(run.truth)
+def by_contribution(table):
+    return {(row["source"], row["ablation"], row["layer"], row["component"]): row for row in table.to_dicts()}
+
+
+def test_planted_truths_come_out(run, summary):
+    layers = by_contribution(summary[0].filter(subset="all"))
+    verdicts = by_contribution(pl.read_parquet(run.base / "summary/verdicts.parquet"))
+    assert set(layers) == set(verdicts) == set(run.truth)
     for key, truth in run.truth.items():
-        assert found[key]["slope"] == pytest.approx(truth.slope, abs=2e-6)
-        assert found[key]["intercept"] == pytest.approx(truth.intercept, abs=2e-6)
+        row, verdict = layers[key], verdicts[key]
+        assert row["slope"] == pytest.approx(truth.slope, abs=2e-6)
+        assert row["intercept"] == pytest.approx(truth.intercept, abs=2e-6)
+        assert row["direct_effect_mean"] == pytest.approx(truth.direct_effect_mean, abs=1e-7)
         scale = abs(truth.direct_effect_mean)
-        assert found[key]["restoration"] == pytest.approx(truth.restoration, abs=2e-6 / scale)
-        assert found[key]["restoration_total"] == pytest.approx(truth.restoration_total, abs=2e-6 / scale)
-        assert found[key]["direct_effect_mean"] == pytest.approx(truth.direct_effect_mean, abs=1e-7)
-    assert found["facts", "zero", 2, "attn"]["restoration"] == pytest.approx(0.7, abs=1e-5)
+        if verdict["class"] in ("no direct path", "nothing downstream"):
+            assert verdict["restoration"] is None and verdict["adjusted_p"] is None
+        else:
+            assert verdict["restoration"] == pytest.approx(truth.restoration, abs=2e-6 / scale)
+            assert verdict["restoration_with_norm"] == pytest.approx(
+                truth.restoration_total, abs=2e-6 / scale
+            )
+    assert verdicts["facts", "zero", 2, "attn"]["restoration"] == pytest.approx(0.7, abs=1e-5)
+    assert verdicts["facts", "zero", 2, "attn"]["class"] == "repaired"
+    assert all(verdicts[key]["class"] == "nothing downstream" for key in verdicts if key[2:] == (3, "mlp"))
 
 
 def test_intervals_hold_their_estimate_and_use_the_same_resamples_for_every_cell(run, summary):
@@ -232,6 +253,10 @@ def test_an_interval_is_that_of_resampled_prompts(run, summary):
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, len(direct), (20_000, len(direct)))
     tail = 0.00722  # Phi(-sqrt(9/8) t_8(2.5 %))
+    verdict = by_contribution(pl.read_parquet(run.base / "summary/verdicts.parquet"))[
+        "facts", "zero", 2, "mlp"
+    ]
+    row |= {f"restoration_{bound}": verdict[f"restoration_{bound}"] for bound in ("low", "high")}
     for name, values in (
         ("direct_effect", direct[drawn].mean(1)),
         ("restoration", -repair[drawn].mean(1) / direct[drawn].mean(1)),
@@ -244,7 +269,7 @@ def test_an_interval_is_that_of_resampled_prompts(run, summary):
 def test_nothing_below_the_last_mlp(summary):
     layers, downstream, _ = summary
     last = layers.filter(layer=3, component="mlp", subset="all")
-    assert last["restoration"].to_list() == [0.0] * 8 and last["slope"].to_list() == [0.0] * 8
+    assert last["slope"].to_list() == [0.0] * 8
     assert last["r2"].null_count() == last["r2_attn"].null_count() == 8
     assert not len(downstream.filter(layer=3, component="mlp"))
     assert downstream.filter(layer=3, component="attn")["downstream_component"].unique().to_list() == ["mlp"]
@@ -420,7 +445,7 @@ def test_no_effect_anywhere_is_a_warning(copy):
     layers, downstream, numerics = summarise(copy)
     assert all("no ablation changed any logit" in row["warning"] for row in numerics.to_dicts())
     assert numerics["signal_to_noise"].null_count() == 2
-    for name in ("restoration", "restoration_total", "slope", "correlation", "share_attn", "restoration_low"):
+    for name in ("slope", "correlation", "dose_slope"):
         assert layers[name].null_count() == len(layers), name
     assert not downstream["strongest"].any() and downstream["agreement"].max() == 0
     verdicts = pl.read_parquet(copy.base / "summary/verdicts.parquet")
@@ -471,8 +496,7 @@ def test_one_or_two_prompts_have_means_but_no_intervals(tmp_path, prompts):
     row = summarise(run)[0].filter(layer=0, component="attn").to_dicts()[0]
     rows = rows_of(run, "facts", "zero", 0, "attn")
     assert row["direct_effect_mean"] == pytest.approx(np.mean([r["direct_effect"] for r in rows]))
-    assert row["restoration"] is not None
-    for name in ("direct_effect_low", "restoration_high", "slope", "correlation", "r2"):
+    for name in ("direct_effect_low", "slope", "correlation", "r2"):
         assert row[name] is None, name
 
 
@@ -497,8 +521,11 @@ def refused(run, kind, *words):
 
 def test_a_flipped_byte_is_a_damaged_file(copy):
     path = copy.cell("facts", "zero", 1)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    names = [group.column(i).path_in_schema for i in range(group.num_columns)]
+    column = group.column(names.index("delta_ablate"))
     content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     path.write_bytes(content)
     refused(copy, DamagedFileError, path, "delete it", "run the same command again")
 

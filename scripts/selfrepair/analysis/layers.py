@@ -1,8 +1,9 @@
 """Statistics of every ablated contribution: summary/layers.parquet.
 
-Changes are ablated minus clean, in logits. Draws of a prompt are averaged first, and prompts are the sample. Ratios
-are ratios of means over prompts. Undefined numbers are null: a correlation with a constant, a slope over a constant,
-the Monte-Carlo error of a single draw, and intervals, correlations and slopes of fewer than 3 prompts.
+Changes are ablated minus clean, in logits. Draws of a prompt are averaged first, and prompts are the sample.
+Undefined numbers are null: a correlation with a constant, a slope over a constant, the Monte-Carlo error of a single
+draw, and intervals, correlations and slopes of fewer than 3 prompts. Shares of the loss are in the table of verdicts,
+which states them only for contributions that have something to repair.
 """
 
 from collections.abc import Mapping
@@ -56,9 +57,6 @@ STATISTICS = (
         for half in COMPONENTS
         for name in (*with_interval(f"slope_{half}"), f"intercept_{half}", f"r2_{half}")
     ),
-    *with_interval("restoration"),  # -mean(compensation) / mean(direct_effect)
-    *with_interval("restoration_total"),  # with the norm
-    *("share_attn", "share_mlp", "share_norm"),  # of compensation + norm_effect
     *("mc_error", "mc_error_one_draw"),
     "stored_mean_error",  # of ablation `mean`: standard error of mean D because the stored mean is an estimate
 )
@@ -99,8 +97,7 @@ def _statistics(row: Contribution, bootstrap: Bootstrap) -> dict[str, Any]:
         "compensation": row.repair,
         "norm_effect": row.norm,
     }
-    helpers = {"loss": row.loss, "repair_and_norm": row.repair + row.norm}
-    sample = Sample(effects | shares(row) | helpers, row.design, bootstrap)
+    sample = Sample(effects | shares(row), row.design, bootstrap)
     values: dict[str, Any] = {}
     for name in MEANS:
         mean, low, high = sample.interval(name)
@@ -108,12 +105,6 @@ def _statistics(row: Contribution, bootstrap: Bootstrap) -> dict[str, Any]:
         values |= {f"{name}_mean": mean, f"{name}_median": median, f"{name}_low": low, f"{name}_high": high}
     for name in SHARES:
         values |= _named(name, sample.interval(name))
-    values |= _named("restoration", sample.ratio("compensation", "loss"))
-    values |= _named("restoration_total", sample.ratio("repair_and_norm", "loss"))
-    whole = sample.mean("repair_and_norm")
-    for part, name in (("attn", "compensation_attn"), ("mlp", "compensation_mlp"), ("norm", "norm_effect")):
-        values[f"share_{part}"] = sample.mean(name) / whole if whole else np.nan
-
     values |= _named("correlation", Pairs(row.unembed, row.drop, row.design, bootstrap).correlation())
     for suffix, repair in (("", row.repair), ("_attn", row.repair_attn), ("_mlp", row.repair_mlp)):
         pairs = Pairs(-row.loss, repair, row.design, bootstrap)
