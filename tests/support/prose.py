@@ -37,7 +37,8 @@ DIRECTIONS = {
 }
 # Labels of the figures, fixed by the definition of the regions of the scatter.
 ALLOWED = re.compile(
-    r"costs? (less|more) than (it|they) says?|cost (less|more) than they say|(listed|described|named|table|see) above",
+    r"costs? (less|more) than (it|they) says?|cost (less|more) than they say"
+    r"|(listed|described|named|table|see) above|lists? below",
     re.IGNORECASE,
 )
 NAMES = {"found", "said", "told", "through", "settle", "hold", "of", "place", "make", "whatever", "mend"}

@@ -89,8 +89,11 @@ def test_results_do_not_depend_on_the_training_axis_and_the_comparison_does(root
 @pytest.mark.parametrize(
     ("checkpoints", "facts"),
     [
-        ({}, ("models.run.checkpoints: does not say where",)),
-        ({"paths": ["a1"], "path": "b/c"}, ("models.run.checkpoints: does not say where",)),
+        ({}, ("models.run.checkpoints: names no checkpoints or two kinds of them",)),
+        (
+            {"paths": ["a1"], "path": "b/c"},
+            ("models.run.checkpoints: names no checkpoints or two kinds of them",),
+        ),
         ({"path": "EleutherAI/pythia-160m"}, ("checkpoints: the key 'revisions' is missing",)),
         ({"revisions": ["step1"]}, ("checkpoints: the key 'path' is missing",)),
         ({"paths": ["runs/first"]}, ("checkpoints.paths[0]: 'first' has no number", "give `steps:`")),

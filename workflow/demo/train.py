@@ -1,7 +1,7 @@
 """Train the demo's tokenizer and model, and evaluate them.
 
     python workflow/demo/train.py                      # corpus (if missing), tokenizer, model, evaluation
-    python workflow/demo/train.py --resume             # go on from the last checkpoint
+    python workflow/demo/train.py --resume             # resume from the last checkpoint
 
 The model is a small Llama. Documents are packed into rows of fixed length and see only themselves, so that a sentence
 is trained exactly as it is asked for later: alone, after the beginning-of-text token.
@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE / "data", help="held-out prompts, for the log only")
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--checkpoints", type=Path, default=HERE / "checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler"
     )

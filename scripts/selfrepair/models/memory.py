@@ -51,9 +51,9 @@ def _below_limits() -> list[int]:
             continue
         group = root / path.lstrip("/")
         # A container may be shown the path that the group has outside: its own is then the root.
-        for place in dict.fromkeys([group, *group.parents, root]):
-            if place.is_relative_to(root) and (found := _left(place, *names)) is not None:
-                left.append(found)
+        for directory in dict.fromkeys([group, *group.parents, root]):
+            if directory.is_relative_to(root) and (free := _left(directory, *names)) is not None:
+                left.append(free)
     return left
 
 

@@ -82,7 +82,7 @@ def random_streams(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Strea
 
 @contextlib.contextmanager
 def feeding(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block, give every layer its own stream of `inputs`, whatever the layer before it returned."""
+    """Within the block, give every layer its own stream of `inputs` instead of the output of the layer before it."""
 
     def replacing(stream: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda hidden: stream.to(hidden.dtype, copy=True)

@@ -19,7 +19,7 @@ _VOCABULARY_CHUNK = 16384  # rows of the unembedding brought to readout precisio
 
 
 def readout_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Readouts are at least float32, whatever the model's precision."""
+    """Return the precision of readouts: float64 for a float64 model, float32 for every other model."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -61,7 +61,7 @@ class Readout:
 
     @torch.no_grad()
     def logits(self, z: Tensor) -> Tensor:  # (prompt, d_model) -> (prompt, vocabulary)
-        """All logits before soft-cap, in readout precision whatever the model's own."""
+        """Return all logits before soft-cap, in readout precision."""
         y = self.norm(z.to(self.dtype))
         parts = [y @ rows.to(self.dtype).T for rows in self._weight.detach().split(_VOCABULARY_CHUNK)]
         logits = torch.cat(parts, -1) * self._weight_scale

@@ -29,7 +29,7 @@ def _checkpoints(
 ) -> Iterator[Problem]:
     if ("paths" in value) == ("path" in value or "revisions" in value):
         remedy = "give either `path` (a Hugging Face id) with `revisions`, or `paths` (local directories)."
-        yield Problem(key, "does not say where the checkpoints are", remedy)
+        yield Problem(key, "names no checkpoints or two kinds of them", remedy)
         return
     if "paths" not in value and not ("path" in value and "revisions" in value):
         missing = "revisions" if "path" in value else "path"
@@ -40,9 +40,9 @@ def _checkpoints(
     if steps is None:
         for index, label in enumerate(labels):
             if _step(label) is None:
-                place = f"{key}.{'paths' if 'paths' in value else 'revisions'}[{index}]"
+                where = f"{key}.{'paths' if 'paths' in value else 'revisions'}[{index}]"
                 yield Problem(
-                    place, f"'{label}' has no number to read the training step from", "give `steps:`."
+                    where, f"'{label}' has no number to read the training step from", "give `steps:`."
                 )
                 return
         steps = [_step(label) for label in labels]
@@ -74,9 +74,9 @@ def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
             members[name] = [name]
             continue
         members[name] = []
-        for step, place in sorted(_places(value["checkpoints"]).items()):
+        for step, checkpoint in sorted(_places(value["checkpoints"]).items()):
             member = member_name(name, step)
-            models[member] = {**shared, **place, "family": name, "step": step}
+            models[member] = {**shared, **checkpoint, "family": name, "step": step}
             members[name].append(member)
     experiments = {
         name: {

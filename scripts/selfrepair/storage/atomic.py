@@ -11,7 +11,7 @@ from pathlib import Path
 from selfrepair.errors import InputError
 from selfrepair.storage.processes import is_alive
 
-# Why a file cannot be written -> what to do. Other errors are nobody's to mend but ours.
+# Why a file cannot be written -> what to do. Other errors have no remedy that a user could apply.
 _REMEDIES = {
     errno.ENOSPC: "free some space there (`df -h`, `make prune`)",
     errno.EDQUOT: "free some space there (`quota`, `make prune`)",
@@ -53,8 +53,8 @@ def _system_error(error: BaseException) -> int | None:
     """The number of the system's error; libraries of other languages only put it into their message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\((?:os error|errno) (\d+)\)|\[errno (\d+)\]", str(error), re.IGNORECASE)
-    return int(found[1] or found[2]) if found else None
+    match = re.search(r"\((?:os error|errno) (\d+)\)|\[errno (\d+)\]", str(error), re.IGNORECASE)
+    return int(match[1] or match[2]) if match else None
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

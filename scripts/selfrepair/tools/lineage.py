@@ -75,7 +75,7 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> str:
-    if path.suffix == ".safetensors":  # its digest is checked by whoever reads it; that takes torch
+    if path.suffix == ".safetensors":  # the reading stage checks its digest, which needs torch
         return f"contents {contents.content_of(str(path))}"
     try:
         stated = tables.metadata_of(tables.read(path).schema)["content_sha256"]
@@ -108,15 +108,15 @@ def _run(path: Path, record: dict[str, Any], root: Path) -> Iterator[str]:
 
 
 def _command(ended: float, root: Path) -> Iterator[str]:
-    """The command of the run that was going on at a time, from Snakemake's own logs."""
+    """Yield the command of the run that was active at the time `ended`, from Snakemake's own logs."""
     for log in sorted(root.glob(".snakemake/log/*.snakemake.log"), reverse=True):
         moment = time.mktime(time.strptime(log.name[:17], "%Y-%m-%dT%H%M%S"))
         if moment <= ended:
             if log.stat().st_mtime + 1 >= ended:
                 text = log.read_text(encoding="utf-8", errors="replace")
                 for label in ("Command", r"Config file\(s\)"):
-                    if found := re.search(rf"^\s*{label}: (.*)$", text, re.MULTILINE):
-                        yield f"{label.replace(chr(92), '')}: {found[1]}"
+                    if match := re.search(rf"^\s*{label}: (.*)$", text, re.MULTILINE):
+                        yield f"{label.replace(chr(92), '')}: {match[1]}"
             return
 
 
@@ -137,7 +137,7 @@ def _inputs(inputs: Sequence[Path], stated: dict[str, str], root: Path) -> Itera
         for paths in _by_kind(inputs).values()
     }
     for name, digest in stated.items():
-        same = [str(path) for path, found in now.items() if found == digest]
+        same = [str(path) for path, content in now.items() if content == digest]
         if same:
             verdict = f"still so: {same[0]}"
         elif digest in lists:
@@ -146,8 +146,8 @@ def _inputs(inputs: Sequence[Path], stated: dict[str, str], root: Path) -> Itera
             verdict = "NO LONGER SO: no input has this content now"
         yield f"    {name:<14} {digest}  {verdict}"
     if not stated:
-        for path, found in list(now.items())[:20]:
-            yield f"    {path}  {found or 'missing'}"
+        for path, content in list(now.items())[:20]:
+            yield f"    {path}  {content or 'missing'}"
 
 
 def _digest(path: Path) -> str | None:
@@ -158,7 +158,7 @@ def _digest(path: Path) -> str | None:
 
 
 def _by_kind(paths: Iterable[Path]) -> dict[tuple[str, str], list[Path]]:
-    """Paths by the folder of results/ that tells what they are, and by suffix; in order."""
+    """Return the paths grouped by their folder of results/ and their suffix, in order."""
     kinds: dict[tuple[str, str], list[Path]] = {}
     for path in paths:
         kind = next((part for part in _FOLDERS if part in path.parts), path.name)

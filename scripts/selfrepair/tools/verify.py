@@ -37,7 +37,7 @@ _KEYS = ("experiment", "model", "source", "ablation", "layer", "component", "pro
 
 @dataclass(frozen=True)
 class Chosen:
-    """A row of a cell, and what the cell's metadata say about it."""
+    """A row of a cell, and the metadata of the cell."""
 
     path: Path
     row: dict[str, Any]
@@ -163,11 +163,11 @@ def _prompts(base: Path, dataset: str, loaded: LoadedModel) -> rederive.Prompts:
 
 
 def verify(paths: Sequence[Path], rows: int, seed: int, device: str) -> list[Difference]:
-    """Compare `rows` random rows of the cells below `paths`; print what is found model by model."""
+    """Compare `rows` random rows of the cells below `paths`; print the result for each model."""
     groups: dict[tuple[Path, str], list[Chosen]] = defaultdict(list)
     for one in choose(cells_below(paths), rows, seed):
         groups[one.path.parents[3], str(one.facts["config"]["model_spec"])].append(one)
-    found: list[Difference] = []
+    differences: list[Difference] = []
     loaded: LoadedModel | None = None
     for (base, _), chosen in sorted(groups.items()):
         spec = ModelSpec(**chosen[0].facts["config"]["model_spec"])
@@ -183,13 +183,13 @@ def verify(paths: Sequence[Path], rows: int, seed: int, device: str) -> list[Dif
                     where=str(one.path),
                     remedy="run the workflow again, or put the model back.",
                 )
-        found += compare(chosen, loaded)
-        worst = max(found[-len(chosen) :], key=lambda difference: difference.excess)
+        differences += compare(chosen, loaded)
+        worst = max(differences[-len(chosen) :], key=lambda difference: difference.excess)
         print(
             f"{base}: {len(chosen)} rows, at most {worst.value:.2g} logits apart ({worst.allowed:.2g} allowed)"
         )
         print(f"  {worst.column}: {worst.chosen}")
-    return found
+    return differences
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -204,20 +204,20 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
     try:
-        found = verify(given.paths, given.rows, seed, given.device)
+        differences = verify(given.paths, given.rows, seed, given.device)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except FileNotFoundError as error:
         print(f"Error: {error}; run the workflow again: what is missing is computed.", file=sys.stderr)
         return 2
-    if not found:
+    if not differences:
         print("there are no cells to compare", file=sys.stderr)
         return 2
-    worst = max(found, key=lambda difference: difference.excess)
-    beyond = [difference for difference in found if difference.excess > 1]
+    worst = max(differences, key=lambda difference: difference.excess)
+    beyond = [difference for difference in differences if difference.excess > 1]
     print(
-        f"largest difference of {len(found)} rows: {worst.value:.3g} logits ({worst.column}); "
+        f"largest difference of {len(differences)} rows: {worst.value:.3g} logits ({worst.column}); "
         f"{len(beyond)} beyond what the precision allows (--seed {seed})"
     )
     for difference in beyond:

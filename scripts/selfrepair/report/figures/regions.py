@@ -9,8 +9,8 @@ from selfrepair.report.figures import theme
 LESS, MORE, SIGN = "costs less than it says", "costs more than it says", "changes sign"
 
 READING = (
-    "Points on the diagonal cost exactly what they say. Between the diagonal and the horizontal axis an ablation costs "
-    "less than the contribution says, beyond the diagonal more; on the opposite side of the axis the change has the "
+    "On the diagonal the drop equals the direct effect. Between the diagonal and the horizontal axis an ablation costs "
+    "less than that, beyond the diagonal more; on the opposite side of the axis the change has the "
     "opposite sign. The regions do not show who is responsible: the norm counts as much as later contributions."
 )
 

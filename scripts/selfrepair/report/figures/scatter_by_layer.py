@@ -20,11 +20,14 @@ def build(frames: Frames) -> dict[str, Any]:
         .transform_fold(columns, as_=["code", "drop"])
         .transform_filter("isValid(datum.drop)")
         .transform_calculate(
-            said=f"{OWN_NORM} ? datum.unembed_own_norm : datum.unembed",
+            shown_effect=f"{OWN_NORM} ? datum.unembed_own_norm : datum.unembed",
             ablation=f"{cloud.names}[slice(datum.code, 4)]",
         )
         .transform_aggregate(
-            x="mean(said)", y="mean(drop)", layer="min(layer)", groupby=["key", "text", "target", "ablation"]
+            x="mean(shown_effect)",
+            y="mean(drop)",
+            layer="min(layer)",
+            groupby=["key", "text", "target", "ablation"],
         )
     )
     highlight = controls.legend_highlight()

@@ -128,12 +128,12 @@ def ablation_scale(ablations: Sequence[str]) -> alt.Scale:
 
 
 def shape_scale(ablations: Sequence[str]) -> alt.Scale:
-    """Shapes tell ablations apart where colours cannot."""
+    """Return a shape per ablation, for charts whose colours show something else."""
     return alt.Scale(domain=list(ablations), range=[SHAPES[i % len(SHAPES)] for i in range(len(ablations))])
 
 
 def dash_scale(ablations: Sequence[str]) -> alt.Scale:
-    """Line styles tell ablations apart where colours cannot."""
+    """Return a line style per ablation, for charts whose colours show something else."""
     return alt.Scale(domain=list(ablations), range=[DASHES[i % len(DASHES)] for i in range(len(ablations))])
 
 
