@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 from selfrepair.effects import draws, reference, runs
-from selfrepair.effects.columns import COLUMNS, OUTCOME, names
+from selfrepair.effects.columns import COLUMNS, EFFECT, LOGIT, OUTCOME, PROFILE, names
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
@@ -65,7 +65,12 @@ class Experiment:
         spec = {"path": "tiny", "revision": None, "dtype": "float64"}
         self.loaded.spec = ModelSpec(**spec)
         self.base = {"experiment": "e", "model": MODEL, "model_spec": spec, "layers": self.loaded.n_layers}
-        self.base |= {"positions": self.positions, "target": "argmax", "seed": SEED}
+        self.base |= {
+            "components": ["attn", "mlp", "heads"],
+            "positions": self.positions,
+            "target": "argmax",
+            "seed": SEED,
+        }
 
     def path(self, *parts):
         return str(self.root.joinpath(*parts))
@@ -100,14 +105,14 @@ class Experiment:
         }
         tables.write(self.path("tokens", f"{dataset}.parquet"), columns, schemas.TOKENS, {})
 
-    def cell(self, ablation, layer):
+    def cell(self, ablation, layer, components=("attn", "mlp")):
         one = ablation in ("zero", "self", "mean")
         params = {
             **self.base,
             "source": "here",
             "ablation": ablation,
             "layer": layer,
-            "components": ["attn", "mlp"],
+            "components": list(components),
         }
         params["draws"] = 1 if one else N_DRAWS
         inputs = {"tokens": self.path("tokens", "here.parquet"), "clean": self.path("clean", "here.parquet")}
@@ -116,7 +121,7 @@ class Experiment:
             inputs["activations"] = self.layers(dataset)[layer]
         if ablation in ("random", "gaussian"):
             inputs["std"] = self.path("std.safetensors")
-        output = self.path("effects", f"{ablation}-{layer}-{self.rows}.parquet")
+        output = self.path("effects", f"{ablation}-{layer}-{self.rows}-{'-'.join(components)}.parquet")
         effects.run(Job("effects", inputs, {"cell": output}, params, {"rows": self.rows}), self.session)
         return tables.read(output).to_pylist()
 
@@ -128,16 +133,15 @@ class Experiment:
             self.forwards[place] = reference.forward(self.loaded, torch.tensor(self.ids[dataset][prompt]))
         return self.forwards[place]
 
-    def contributions(self, dataset, layer, component):
-        """(store prompt, P, d_model)"""
-        found = [self.forward(dataset, n).contributions[Site(layer, component)] for n in self.stored[dataset]]
+    def stored_values(self, dataset, site):
+        """(store prompt, P, d_model), or a head's parts (store prompt, P, width)"""
+        found = [self.forward(dataset, n).ablatable(site) for n in self.stored[dataset]]
         return torch.stack([value if self.positions == "all" else value[-1:] for value in found])
 
     def value(self, row):
         """What must have replaced the row's contribution."""
-        layer, component, prompt, draw = row["layer"], row["component"], row["prompt"], row["draw"]
-        site = Site(layer, component)
-        own = self.forward("here", prompt).contributions[site]
+        prompt, draw, site = row["prompt"], row["draw"], site_of(row)
+        own = self.forward("here", prompt).ablatable(site)
         own = own if self.positions == "all" else own[-1:]
         kind = row["ablation"]
         key = draws.Key(SEED, "here", kind)
@@ -146,15 +150,20 @@ class Experiment:
         if kind == "self":
             return own
         if kind == "mean":
-            return self.contributions("here", layer, component).mean(0)
+            return self.stored_values("here", site).mean(0)
         if kind.startswith("replace-"):
             dataset = kind.removeprefix("replace-")
-            found = self.forward(dataset, row["replacement"]).contributions[site]
+            found = self.forward(dataset, row["replacement"]).ablatable(site)
             return found if self.positions == "all" else found[-1:]
         if kind in ("random", "gaussian"):
-            every = [self.contributions(d, layer, component) for d in self.ids]
+            every = [self.stored_values(d, site) for d in self.ids]
             pooled = torch.cat(every).numpy()
-            noise = key.normal(prompt, draw, tuple(own.shape)).astype(np.float64)
+            if site.index is None:
+                noise = key.normal(prompt, draw, tuple(own.shape))
+            else:  # drawn for all heads at once
+                heads = self.loaded.heads(site.layer).n_heads
+                noise = key.normal(prompt, draw, (len(own), heads, own.shape[-1]))[:, site.index]
+            noise = noise.astype(np.float64)
             value = noise * pooled.std(0) + (pooled.mean(0) if kind == "gaussian" else 0.0)
             return torch.from_numpy(value)
         return self.noised(key, row)
@@ -166,9 +175,14 @@ class Experiment:
         noise = key.normal(row["prompt"], row["draw"], (len(ids), embedding.weight.shape[1]))
         noise = torch.from_numpy(noise).double() * 3 * embedding.weight.double().std()
         hook = embedding.register_forward_hook(lambda _m, _a, out: out + noise.to(out.dtype))
-        found = reference.forward(self.loaded, ids).contributions[Site(row["layer"], row["component"])]
+        found = reference.forward(self.loaded, ids).ablatable(site_of(row))
         hook.remove()
         return found if self.positions == "all" else found[-1:]
+
+
+def site_of(row):
+    component = "attn" if row["component"] == "head" else row["component"]
+    return Site(row["layer"], component, row["head"])
 
 
 def make(root, positions, dtype, model_type="llama", **settings):
@@ -200,7 +214,7 @@ def disagreement(experiment, rows):
         expected = reference.effects(
             experiment.loaded,
             ids,
-            Site(row["layer"], row["component"]),
+            site_of(row),
             value,
             row["target"],
             experiment.forward("here", row["prompt"]),
@@ -225,6 +239,66 @@ def test_every_row_of_a_cell_agrees_with_a_full_forward(experiment, ablation):
     assert disagreement(experiment, rows) < 1e-5
     if ablation != "self":
         assert max(abs(row["delta_ablate"]) for row in rows) > 0.05
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_head_of_a_cell_agrees_with_a_full_forward(experiment, ablation):
+    """Part h of the projection's input is replaced in the reference by a hook; the engine replaces f(x)."""
+    rows = experiment.cell(ablation, 1, ("heads",))
+    draws_per_prompt = 1 if ablation in ("zero", "self", "mean") else N_DRAWS
+    heads = experiment.loaded.heads(1).n_heads
+    keys = {(r["component"], r["head"], r["prompt"], r["draw"]) for r in rows}
+    wanted = itertools.product(("head",), range(heads), range(N_SOURCE), range(draws_per_prompt))
+    assert keys == set(wanted) and len(rows) == len(keys)
+    assert disagreement(experiment, rows) < 1e-5
+    if ablation != "self":
+        assert max(abs(row["delta_ablate"]) for row in rows) > 0.02
+
+
+def test_heads_of_a_layer_add_up_to_its_attention(experiment):
+    """A model without biases and post-norms: delta_unembed of the heads sums to that of the attention."""
+    rows = experiment.cell("zero", 1, ("attn", "heads"))
+    for prompt in range(N_SOURCE):
+        parts = {r["head"]: r for r in rows if r["prompt"] == prompt}
+        whole = parts.pop(None)
+        assert len(parts) == 4
+        total = sum(part["delta_unembed"] for part in parts.values())
+        assert total == pytest.approx(whole["delta_unembed"], abs=1e-5)
+        for part in parts.values():
+            assert part["direct_effect"] == pytest.approx(-part["delta_unembed"], abs=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {"num_key_value_heads": 1, "attention_bias": True}),
+        ("gemma2", {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}),
+        ("gpt_neox", {}),
+        ("granite", {"residual_multiplier": 0.22}),
+    ],
+)
+def test_heads_of_other_blocks(tmp_path, positions, model_type, settings):
+    """Multi-query attention with biases, post-norm, parallel block, residual multiplier."""
+    with tiny_models.float64_throughout():
+        experiment = make(tmp_path, positions, torch.float64, model_type, **settings)
+        rows = experiment.cell("zero", 1, ("heads",)) + experiment.cell("replace-there", 3, ("heads",))
+        assert disagreement(experiment, rows) < 1e-5
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_the_only_head_is_the_attention(tmp_path, positions):
+    settings = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
+    experiment = make(tmp_path, positions, torch.float64, **settings)
+    for ablation in ("zero", "mean", "replace-there", "noise"):
+        rows = experiment.cell(ablation, 2, ("attn", "heads"))
+        whole = [row for row in rows if row["head"] is None]
+        heads = [row for row in rows if row["head"] == 0]
+        assert len(whole) == len(heads) > 0
+        for one, other in zip(whole, heads, strict=True):
+            assert one["replacement"] == other["replacement"]
+            for name in names(EFFECT, LOGIT, PROFILE):
+                np.testing.assert_allclose(other[name], one[name], atol=1e-6, err_msg=f"{ablation} {name}")
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
@@ -283,7 +357,7 @@ def test_stored_activations_are_those_of_full_forwards(experiment):
         stored = tensors.read(experiment.layers(dataset)[layer])
         assert stored["prompt"].tolist() == experiment.stored[dataset]
         for component in ("attn", "mlp"):
-            expected = experiment.contributions(dataset, layer, component)
+            expected = experiment.stored_values(dataset, Site(layer, component))
             actual = stored[component]
             actual = actual if experiment.positions == "all" else actual[:, None]
             torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-7)

@@ -4,6 +4,7 @@ Every class is one row of `selfrepair.planning.ablations`. It maps (prompts of o
 of replacement values; its random numbers are keyed by prompt and draw (see draws.py).
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Ablation(Protocol):
     """A source of replacement values."""
 
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
-        """Return (prompt, draw, P, d_model) on the run's device, residual multiplier included."""
+        """Return (prompt, draw, P, width) on the run's device: d_model numbers of a contribution, multiplier
+        included, or a head's part of the input of the output projection."""
         ...
 
     def replacement(self, prompt: int, draw: int) -> int | None:
@@ -76,7 +78,7 @@ class Zero(_WithoutReplacement):
 
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return zeros."""
-        return torch.zeros_like(run.contributions[site][prompts])[:, None].expand(-1, len(draws), -1, -1)
+        return torch.zeros_like(run.ablatable(site)[prompts])[:, None].expand(-1, len(draws), -1, -1)
 
 
 @dataclass
@@ -96,13 +98,11 @@ class Self(_WithoutReplacement):
 
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the clean contribution, to the precision it has."""
-        own = run.contributions[site][prompts]
-        shape = tuple(own.shape[1:])
+        own = run.ablatable(site)[prompts]
         steps = [
-            self.key.generator("rounding", prompt).integers(-1, 2, shape, dtype=np.int8)
-            for prompt in run.prompts[prompts]
+            run.drawn(site, functools.partial(self.key.steps, prompt)) for prompt in run.prompts[prompts]
         ]
-        moved = moved_by_rounding(own, torch.from_numpy(np.stack(steps)).to(own.device))
+        moved = moved_by_rounding(own, torch.stack(steps).to(own.device))
         return moved[:, None].expand(-1, len(draws), -1, -1)
 
 
@@ -125,7 +125,7 @@ class Mean(_WithoutReplacement):
 
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the mean, for every prompt and draw."""
-        own = run.contributions[site][prompts]
+        own = run.ablatable(site)[prompts]
         mean = self.means[site].to(own.device, own.dtype)
         return mean.expand(len(own), len(draws), -1, -1)
 
@@ -147,16 +147,18 @@ class Random(_WithoutReplacement):
 
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the scaled noise."""
-        own = run.contributions[site][prompts]
+        own = run.ablatable(site)[prompts]
         return self._scaled_noise(run, prompts, draws, site).to(own.dtype)
 
     def _scaled_noise(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
-        own = run.contributions[site][prompts]
-        shape = tuple(own.shape[1:])
-        noise = np.stack(
-            [[self.key.normal(prompt, draw, shape) for draw in draws] for prompt in run.prompts[prompts]]
-        )
-        return torch.from_numpy(noise).to(own.device) * self.std[site].to(own.device)
+        device = run.input_ids.device
+        noise = [
+            run.drawn(site, functools.partial(self.key.normal, prompt, draw))
+            for prompt in run.prompts[prompts]
+            for draw in draws
+        ]
+        std = self.std[site].to(device)  # (P, width)
+        return torch.stack(noise).to(device).reshape(-1, len(draws), *std.shape) * std
 
 
 @dataclass
@@ -172,7 +174,7 @@ class Gaussian(Random):
 
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the scaled noise plus the mean."""
-        own = run.contributions[site]
+        own = run.ablatable(site)
         noise = self._scaled_noise(run, prompts, draws, site)
         return (noise + self.mean[site].to(own.device)).to(own.dtype)
 
@@ -196,7 +198,7 @@ class Replace:
 
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the stored contributions of the drawn prompts."""
-        own = run.contributions[site]
+        own = run.ablatable(site)
         indices = np.stack([self._indices(p)[draws.start : draws.stop] for p in run.prompts[prompts]])
         stored = self.stored[site].to(own.device)
         return stored[torch.from_numpy(indices).to(own.device)].to(own.dtype)
@@ -243,14 +245,21 @@ class EmbeddingNoise(_WithoutReplacement):
         per_pass = max(1, self.rows // run.length)
         for first in range(0, len(missing), per_pass):
             batch = missing[first : first + per_pass]
-            sites = {site} if self.kept is None else set(contributions(self.loaded.n_layers))
-            noised = self._noised(batch, tokens, sites)
+            noised = self._noised(batch, tokens, {site} if self.kept is None else self._every_site(site))
             values.update(zip(batch, noised[site], strict=True))
             if self.kept is not None:
                 for number, pair in enumerate(batch):
                     self.kept[pair] = {at: tensor[number] for at, tensor in noised.items()}
         value = torch.stack([values[pair] for pair in pairs])
         return value.reshape(len(ids), len(draws), *value.shape[1:])
+
+    def _every_site(self, site: Site) -> set[Site]:
+        """Return all contributions of the model, and all of its heads if `site` is a head."""
+        layers = range(self.loaded.n_layers)
+        sites = set(contributions(layers))
+        if site.index is not None:
+            sites |= {head for layer in layers for head in self.loaded.head_sites(layer)}
+        return sites
 
     @torch.no_grad()
     def _noised(
@@ -264,18 +273,30 @@ class EmbeddingNoise(_WithoutReplacement):
         noise = noise.to(loaded.device) * (NOISE_SCALE * embedding_std(loaded))
         noised: dict[Site, Tensor] = {}
 
-        def keep(site: Site) -> Callable[[Any], None]:
-            def see(output: Any) -> None:
-                value = hooks.first(output).reshape(*ids.shape, -1) * loaded.layer(site.layer).multiplier
-                noised[site] = (value if self.positions == "all" else value[:, -1:]).clone()
-                if len(noised) == len(sites):
-                    raise hooks.StopForward
+        def note(site: Site, value: Tensor) -> None:
+            noised[site] = (value if self.positions == "all" else value[:, -1:]).clone()
+            if len(noised) == len(sites):
+                raise hooks.StopForward
+
+        def on_contribution(site: Site) -> Callable[[Any], None]:
+            multiplier = loaded.layer(site.layer).multiplier
+            return lambda output: note(site, hooks.first(output).reshape(*ids.shape, -1) * multiplier)
+
+        def on_projection(layer: int) -> Callable[[Tensor], None]:
+            split = loaded.heads(layer)
+
+            def see(x: Tensor) -> None:
+                parts = x.reshape(*ids.shape, split.n_heads, split.width)
+                for site in sites & set(loaded.head_sites(layer)):
+                    note(site, parts[:, :, site.index])
 
             return see
 
-        outputs = [(loaded.contribution(site), keep(site)) for site in sites]
-        adding = hooks.on_input([(loaded.layers[0], lambda hidden: hidden + noise.to(hidden.dtype))])
-        with adding, hooks.on_output(outputs):
+        outputs = [(loaded.contribution(site), on_contribution(site)) for site in sites if site.index is None]
+        layers = sorted({site.layer for site in sites if site.index is not None})
+        inputs = [(loaded.projection(layer), on_projection(layer)) for layer in layers]
+        adding = (loaded.layers[0], lambda hidden: hidden + noise.to(hidden.dtype))
+        with hooks.on_input([adding, *inputs]), hooks.on_output(outputs):
             hooks.run_until_stopped(loaded.model, input_ids=ids, use_cache=False)
         return noised
 

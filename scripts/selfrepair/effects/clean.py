@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,24 @@ class CleanRun:
         default_factory=dict
     )  # layer -> (prompt, P, d_model) entering it; L: the final one, (prompt, 1, d_model)
     contributions: dict[Site, Tensor] = field(default_factory=dict)  # -> (prompt, P, d_model)
+    # layer -> (prompt, P, head, width) input of the attention's output projection; empty unless asked for
+    head_inputs: dict[int, Tensor] = field(default_factory=dict)
     prefix: attention.KeysValues = field(default_factory=dict)
+
+    def ablatable(self, site: Site) -> Tensor:  # (prompt, P, d_model), or (prompt, P, width) for a head
+        """Return the activation that an ablation of `site` replaces: a contribution, or a head's part of x."""
+        if site.index is None:
+            return self.contributions[site]
+        return self.head_inputs[site.layer][:, :, site.index]
+
+    def drawn(self, site: Site, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Tensor:  # (P, width)
+        """Return random numbers for the site of one prompt; `draw` maps a shape to numbers.
+
+        Numbers are drawn for the whole contribution, or for all heads at once: each head gets its own.
+        """
+        if site.index is None:
+            return torch.from_numpy(draw(tuple(self.contributions[site].shape[1:])))
+        return torch.from_numpy(draw(tuple(self.head_inputs[site.layer].shape[1:])))[:, site.index]
 
     @property
     def length(self) -> int:
@@ -48,7 +66,7 @@ class CleanRun:
 
     def nbytes(self) -> int:
         """Return the bytes of the kept activations."""
-        tensors = [*self.residual.values(), *self.contributions.values()]
+        tensors = [*self.residual.values(), *self.contributions.values(), *self.head_inputs.values()]
         tensors += [tensor for pair in self.prefix.values() for tensor in pair]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -63,8 +81,12 @@ def clean_run(
     target: Tensor | None = None,  # (prompt,) token ids; None: the argmax of the clean logits
     keep: Collection[int] | None = None,  # layers whose activations are wanted; None: all
     prefix: bool = False,  # record keys and values (models that support it)
+    heads: bool = False,  # keep the inputs of the attention's output projections (models with heads)
 ) -> CleanRun:
-    """Run prompts once and return their effects, and the activations of the layers in `keep`."""
+    """Run prompts once and return their effects, and the activations of the layers in `keep`.
+
+    Raises InputError for `heads` if the model's attention does not split into heads.
+    """
     readout, n_layers = loaded.readout, loaded.n_layers
     wanted = set(range(n_layers)) if keep is None else set(keep)
     batch, length = input_ids.shape
@@ -99,11 +121,23 @@ def clean_run(
 
         return see
 
+    head_inputs: dict[int, Tensor] = {}
+
+    def projecting(number: int) -> Callable[[Tensor], None]:
+        split = loaded.heads(number)
+
+        def see(x: Tensor) -> None:
+            head_inputs[number] = kept(x.reshape(batch, length, split.n_heads, split.width))
+
+        return see
+
     def leaving(output: object) -> None:
         residual[n_layers] = hooks.first(output)[:, -1:].clone()
 
     outputs = [(loaded.contribution(site), contributing(site)) for site in contributions(n_layers)]
     inputs = [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
+    if heads:
+        inputs += [(loaded.projection(number), projecting(number)) for number in sorted(wanted)]
     nothing: attention.KeysValues = {}
     recorder: contextlib.AbstractContextManager[attention.KeysValues] = (
         attention.recording(loaded.model) if prefix else contextlib.nullcontext(nothing)
@@ -138,6 +172,7 @@ def clean_run(
         own_norm={component: readout.centred_logit(x, direction)[0] for component, x in stacked.items()},
         residual=residual,
         contributions=kept_contributions,
+        head_inputs=head_inputs,
         prefix=keys_values,
     )
 

@@ -41,6 +41,10 @@ class Key:
         """Return the standard normal noise of one prompt and draw."""
         return self.generator("noise", prompt, draw).standard_normal(shape, dtype=np.float32)
 
+    def steps(self, prompt: int, shape: tuple[int, ...]) -> np.ndarray:  # `shape` int8
+        """Return the steps of -1, 0 or 1 units in the last place by which the control moves a prompt's numbers."""
+        return self.generator("rounding", prompt).integers(-1, 2, shape, dtype=np.int8)
+
 
 @functools.lru_cache(maxsize=1 << 16)  # every row of every layer and component asks for it
 def _replacements(key: Key, prompt: int, n_draws: int, n_store: int) -> np.ndarray:

@@ -91,6 +91,7 @@ def account(
     constant: Tensor,  # (row,)
     replacement: Tensor,  # (row, d_model) at the position read
     contribution: Tensor,  # (row, d_model) the clean one
+    unembed: Tensor,  # (row,) direct effect of the ablated contribution or head in the clean run
     site: Site,
     parallel: bool,
 ) -> Effects:
@@ -107,7 +108,7 @@ def account(
     clean_logit, ablated_logit = clean_y + constant, ablated_y + constant
     norm_ratio, cosine = replacement_geometry(replacement, contribution)
     return Effects(
-        delta_unembed=own_clean,
+        delta_unembed=unembed,
         delta_ablate=delta_ablate(ablated_y, clean_y),
         direct_effect=own_ablated - own_clean,
         compensation_attn=compensatory_effect(change_attn),

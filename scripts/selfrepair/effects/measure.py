@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from selfrepair.effects import heads
 from selfrepair.effects.ablations import Ablation
 from selfrepair.effects.clean import CleanRun
 from selfrepair.effects.columns import COLUMNS, Effects
@@ -77,7 +78,7 @@ def _pieces(
         group = pending.pop()
         try:
             blocks = [
-                _block(runs.run(rectangle.batch, site.layer), rectangle, ablation, site)
+                _block(loaded, runs.run(rectangle.batch, site.layer), rectangle, ablation, site)
                 for rectangle in group
             ]
             effects = ablate(loaded, blocks, site, settings.positions, settings.path)
@@ -104,9 +105,15 @@ def _pieces(
         yield effects, prompts, draws
 
 
-def _block(run: CleanRun, rectangle: _Rectangle, ablation: Ablation, site: Site) -> RowBlock:
-    value = ablation.value(run, rectangle.slice, rectangle.draws, site)
-    return RowBlock(run, rectangle.slice, value)
+def _block(
+    loaded: LoadedModel, run: CleanRun, rectangle: _Rectangle, ablation: Ablation, site: Site
+) -> RowBlock:
+    prompts = rectangle.slice
+    value = ablation.value(run, prompts, rectangle.draws, site)
+    if site.index is None:
+        return RowBlock(run, prompts, value)
+    unembed = heads.head_unembed(loaded, run, prompts, site)
+    return RowBlock(run, prompts, heads.contribution_with_part(loaded, run, prompts, site, value), unembed)
 
 
 def _rectangles(runs: CleanRuns, settings: Settings) -> Iterator[list[_Rectangle]]:

@@ -23,8 +23,17 @@ class ForwardPass:
     """One full forward pass of one prompt, read at its last position, in float64."""
 
     contributions: dict[Site, Tensor]  # (T, d_model), residual multiplier included, model precision
+    head_inputs: dict[
+        int, Tensor
+    ]  # layer -> (T, head, width) input of the output projection; layers with heads
     final: Tensor  # (d_model,) z^L
     logits: Tensor  # (vocabulary,) before soft-cap, with the model's scale
+
+    def ablatable(self, site: Site) -> Tensor:  # (T, d_model), or (T, width) for a head
+        """Return the activation that an ablation of `site` replaces."""
+        if site.index is None:
+            return self.contributions[site]
+        return self.head_inputs[site.layer][:, site.index]
 
 
 @torch.no_grad()
@@ -33,7 +42,7 @@ def forward(
     input_ids: Tensor,  # (T,)
     replace: tuple[Site, Tensor] | None = None,  # (T, d_model), or (1, d_model) for the last position only
 ) -> ForwardPass:
-    """Run one prompt, with one contribution replaced if `replace` is given."""
+    """Run one prompt, with one contribution, or one head's part of the projection's input, replaced if given."""
     seen: dict[Site, Tensor] = {}
     final: list[Tensor] = []
     raw: list[Tensor] = []
@@ -55,6 +64,26 @@ def forward(
         return see
 
     modules = [(loaded.contribution(site), watch(site)) for site in contributions(loaded.n_layers)]
+    head_inputs: dict[int, Tensor] = {}
+
+    def project(layer: int) -> Callable[[Tensor], Tensor | None]:
+        split = loaded.heads(layer)
+
+        def see(x: Tensor) -> Tensor | None:
+            parts = x.reshape(len(input_ids), split.n_heads, split.width).clone()
+            head_inputs[layer] = parts
+            if replace is None or replace[0].index is None or replace[0].layer != layer:
+                return None
+            parts[-len(replace[1]) :, replace[0].index] = replace[1].to(parts.dtype)
+            return parts.clone().reshape(x.shape)
+
+        return see
+
+    projections = [
+        (loaded.projection(layer), project(layer))
+        for layer in range(loaded.n_layers)
+        if loaded.layer(layer).heads is not None
+    ]
     ends = [
         (loaded.layers[-1], lambda output: final.append(hooks.first(output)[0, -1].clone())),
         (
@@ -62,9 +91,9 @@ def forward(
             lambda output: raw.append(output[0, -1].clone()),
         ),
     ]
-    with hooks.on_output([*modules, *ends]):
+    with hooks.on_input(projections), hooks.on_output([*modules, *ends]):
         loaded.model(input_ids=input_ids[None], use_cache=False)
-    return ForwardPass(seen, final[0], raw[0].double() * loaded.adapter.logit_scale)
+    return ForwardPass(seen, head_inputs, final[0], raw[0].double() * loaded.adapter.logit_scale)
 
 
 @torch.no_grad()
@@ -72,7 +101,7 @@ def effects(
     loaded: LoadedModel,
     input_ids: Tensor,  # (T,)
     site: Site,
-    value: Tensor,  # (T, d_model), or (1, d_model) to replace the last position only; contribution units
+    value: Tensor,  # (T, d_model), or (1, d_model) to replace the last position only; width for a head
     target: int,
     clean: ForwardPass | None = None,
 ) -> Effects:
@@ -112,8 +141,13 @@ def effects(
         return float(run.logits[target] - run.logits.mean())
 
     sites = list(contributions(loaded.n_layers))
+    whole = site.whole
     vectors = [run.contributions[at][-1] for run in (before, after) for at in sites]
-    effects_read = unembed([*vectors, before.final])
+    silenced = before  # delta_unembed of a head is what its part adds to the contribution
+    if site.index is not None:
+        silenced = forward(loaded, input_ids, (site, torch.zeros_like(before.ablatable(site))))
+    effects_read = unembed([*vectors, silenced.contributions[whole][-1], before.final])
+    own_unembed = effects_read[sites.index(whole)] - (effects_read[-2] if site.index is not None else 0.0)
     clean_effects = dict(zip(sites, effects_read, strict=False))
     ablated_effects = dict(zip(sites, effects_read[len(sites) :], strict=False))
     unbiased = effects_read[-1]
@@ -128,11 +162,11 @@ def effects(
     mlp = [change(layer, "mlp") if layer >= first_mlp else 0.0 for layer in layers]
     biases = logit(before) - unbiased
     y_ablated = logit(after) - biases
-    own, replacement = (run.contributions[site][-1].double() for run in (before, after))
+    own, replacement = (run.contributions[whole][-1].double() for run in (before, after))
     lengths = float((own * own).sum().sqrt()), float((replacement * replacement).sum().sqrt())
     nan = float("nan")
     values: dict[str, float | list[float]] = {
-        "delta_unembed": clean_effects[site],
+        "delta_unembed": own_unembed,
         "delta_ablate": logit(after) - logit(before),
         "direct_effect": change(k, site.component),
         "compensation_attn": sum(attn),

@@ -27,6 +27,9 @@ class RowBlock:
     run: CleanRun
     prompts: slice  # of run.prompts
     value: Tensor  # (prompt, draw, P, d_model) the replacement of the contribution
+    unembed: Tensor | None = (
+        None  # (prompt,) delta_unembed of an ablated head; None: that of the contribution
+    )
 
     @property
     def n_prompts(self) -> int:
@@ -58,7 +61,8 @@ class Rows:
         positions: str,  # last | all
         until: int | None = None,  # the layer whose output is read; None: the last
     ) -> None:
-        self.loaded, self.blocks, self.site, self.positions = loaded, blocks, site, positions
+        # The engine replaces whole contributions; a head's ablation is one of them (see heads.py).
+        self.loaded, self.blocks, self.site, self.positions = loaded, blocks, site.whole, positions
         self.until = loaded.n_layers - 1 if until is None else until
         self.value = join([block.rows() for block in blocks]).to(loaded.dtype)  # (row, P, d_model)
         self.w = join([block.per_row(block.run.direction.w) for block in blocks])  # (row, d_model)
@@ -111,9 +115,19 @@ class Rows:
             constant=join([block.per_row(block.run.direction.constant) for block in self.blocks]),
             replacement=self.value[:, -1].to(self.w.dtype),
             contribution=contribution.to(self.w.dtype),
+            unembed=self._unembed(),
             site=self.site,
             parallel=self.loaded.layer(self.site.layer).parallel,
         )
+
+    def _unembed(self) -> Tensor:  # (row,)
+        """Return delta_unembed of every row."""
+        parts = []
+        for block in self.blocks:
+            own = block.run.effects[self.site.component][block.prompts, self.site.layer]  # (prompt,)
+            unembed = own if block.unembed is None else block.unembed
+            parts.append(unembed.repeat_interleave(block.n_draws))
+        return join(parts)
 
 
 def join(tensors: list[Tensor]) -> Tensor:

@@ -67,6 +67,7 @@ def run_batch(
     positions: str,
     keep: Collection[int] | None,
     prefix: bool = False,
+    heads: bool = False,
 ) -> CleanRun:
     """Return the clean run of a batch (arguments as for `clean_run`), in halves if a GPU runs out of memory.
 
@@ -81,6 +82,7 @@ def run_batch(
             target=batch.targets(),
             keep=keep,
             prefix=prefix,
+            heads=heads,
         )
     except torch.OutOfMemoryError:
         if len(batch.prompts) == 1:
@@ -90,7 +92,12 @@ def run_batch(
     log.warning("out of GPU memory: resuming with half as many prompts at once")
     middle = len(batch.prompts) // 2
     halves = (Batch(batch.prompts[:middle]), Batch(batch.prompts[middle:]))
-    return join([run_batch(loaded, half, positions=positions, keep=keep, prefix=prefix) for half in halves])
+    return join(
+        [
+            run_batch(loaded, half, positions=positions, keep=keep, prefix=prefix, heads=heads)
+            for half in halves
+        ]
+    )
 
 
 class CleanRuns:
@@ -108,9 +115,11 @@ class CleanRuns:
         prefix: bool,
         tokens: int,
         budget: int,
+        heads: bool = False,
     ) -> None:
         self.batches = list(batches(prompts, tokens))
         self._loaded, self._positions, self._prefix, self._budget = loaded, positions, prefix, budget
+        self._heads = heads
         self._targets = {prompt.id: prompt.target for prompt in prompts}
         self._kept: dict[int, CleanRun] = {}
         self._latest: tuple[tuple[int, int], CleanRun] | None = None
@@ -151,7 +160,12 @@ class CleanRuns:
 
     def _run(self, number: int, keep: Collection[int] | None) -> CleanRun:
         return run_batch(
-            self._loaded, self.batches[number], positions=self._positions, keep=keep, prefix=self._prefix
+            self._loaded,
+            self.batches[number],
+            positions=self._positions,
+            keep=keep,
+            prefix=self._prefix,
+            heads=self._heads,
         )
 
     @cached_property
@@ -166,8 +180,10 @@ class CleanRuns:
             positions=self._positions,
             keep={0},
             prefix=self._prefix,
+            heads=self._heads,
         )
-        one = sum(t.numel() * t.element_size() for t in (run.residual[0], *run.contributions.values()))
+        activations = (run.residual[0], *run.contributions.values(), *run.head_inputs.values())
+        one = sum(t.numel() * t.element_size() for t in activations)
         keys_values = sum(t.numel() * t.element_size() for pair in run.prefix.values() for t in pair)
         tokens = sum(len(batch.prompts) * batch.length for batch in self.batches)
         prompts = sum(len(batch.prompts) for batch in self.batches)

@@ -100,17 +100,24 @@ class Session:
         return self.keep(("path", key, positions), make)
 
     def clean_runs(
-        self, loaded: LoadedModel, key: Any, prompts: Sequence[Prompt], positions: str, path: str, tokens: int
+        self,
+        loaded: LoadedModel,
+        key: Any,
+        prompts: Sequence[Prompt],
+        positions: str,
+        path: str,
+        tokens: int,
+        heads: bool = False,
     ) -> CleanRuns:
         """The clean runs of a source, kept beside those of others as far as memory allows."""
-        place = (key, positions, path, tokens)
+        place = (key, positions, path, tokens, heads)
         found = self._runs.pop(place, None)
         # Runs that did not fit hold a batch of theirs, which nothing counts: one source at a time.
         self._runs = {other: runs for other, runs in self._runs.items() if runs.all_kept}
         if found is None or not found.serves(prompts):
             found = None  # its memory counts as free
             budget = int(_KEPT_SHARE * self._free())
-            found = CleanRuns(loaded, prompts, positions, path == "rows", tokens, budget)
+            found = CleanRuns(loaded, prompts, positions, path == "rows", tokens, budget, heads)
             if found.all_kept:
                 while self._runs and self._runs_nbytes() + found.nbytes > budget:
                     del self._runs[next(iter(self._runs))]  # the one used longest ago

@@ -83,6 +83,10 @@ class LoadedModel:
         return split
 
     @torch.no_grad()
+    def head_sites(self, number: int) -> tuple[Site, ...]:
+        """Return the sites of a layer's query heads. Raises InputError if it has none."""
+        return tuple(Site(number, ATTN, head) for head in range(self.heads(number).n_heads))
+
     def from_heads(self, number: int, x: Tensor) -> Tensor:  # (..., n_heads * width) -> (..., d_model)
         """Return the attention contribution f(x) that a layer makes of its heads' parts x, multiplier included.
 

@@ -11,6 +11,10 @@ COMPONENTS = (
 )  # the two contributions of a layer, in the order in which a sequential block adds them
 
 
+HEADS = "heads"  # in `components`: every query head by itself
+HEAD = "head"  # in the column `component`: one query head
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class Site:
     """One contribution to the residual stream, or one attention head of it.
@@ -28,6 +32,11 @@ class Site:
             raise ValueError(f"unknown component {self.component!r}: use one of {COMPONENTS}")
         if self.index is not None and self.component != ATTN:
             raise ValueError(f"only attention has heads, not {self.component!r}")
+
+    @property
+    def whole(self) -> "Site":
+        """Return the whole contribution that this site is, or is a head of."""
+        return Site(self.layer, self.component)
 
     @property
     def other(self) -> "Site":

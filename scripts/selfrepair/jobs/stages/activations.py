@@ -22,7 +22,7 @@ from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
-from selfrepair.planning.sites import COMPONENTS, Site
+from selfrepair.planning.sites import COMPONENTS, HEADS
 from selfrepair.prompts import tokens as prompts
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import schemas, tables, tensors
@@ -50,6 +50,7 @@ def run(job: Job, session: Session) -> None:
     source = prompts.read(job.input["tokens"], "source")
     sources = [replace(prompt, target=_target(prompt, params["target"])) for prompt in source]
     rows = session.rows(loaded, sources, job.runtime)
+    heads = HEADS in params.get("components", ())
     key = prompts.key(job.input["tokens"])
     choice = session.path(loaded, key, sources, positions)
     metadata = {
@@ -68,7 +69,7 @@ def run(job: Job, session: Session) -> None:
     }
     answers = {row.id: row.answer for row in source}
     order = {row.id: place for place, row in enumerate(source)}
-    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows)
+    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads)
     table = [entry for number in range(len(runs.batches)) for entry in _rows(runs.readings(number), answers)]
     table.sort(key=lambda entry: order[entry["prompt"]])
     tokenizer = session.tokenizer(params["model_spec"]["path"], params["model_spec"]["revision"])
@@ -76,7 +77,7 @@ def run(job: Job, session: Session) -> None:
         entry["target_text"] = tokenizer.decode([entry["target"]])
         entry.update(experiment=params["experiment"], model=params["model"], source=params["dataset"])
     columns = {name: [entry[name] for entry in table] for name in schemas.CLEAN.names}
-    _store(job, loaded, positions, rows, metadata)
+    _store(job, loaded, positions, rows, heads, metadata)
     # Last: its presence tells that everything before it was written.
     tables.write(job.output["clean"], columns, schemas.CLEAN, metadata)
     worst = max(entry["closure_error"] for entry in table)
@@ -114,30 +115,34 @@ def _rows(found: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str,
         }
 
 
-def _store(job: Job, loaded: LoadedModel, positions: str, rows: int, metadata: dict[str, Any]) -> None:
+def _store(
+    job: Job, loaded: LoadedModel, positions: str, rows: int, heads: bool, metadata: dict[str, Any]
+) -> None:
     """Write the store prompts' contributions, layer by layer."""
     stored = prompts.read(job.input["tokens"], "store")
     kept = sum(len(row.input_ids) if positions == "all" else 1 for row in stored)
     one_vector = loaded.adapter.d_model * loaded.dtype.itemsize
-    at_once = max(1, _HELD // max(1, 2 * kept * one_vector))
+    at_once = max(1, _HELD // max(1, (3 if heads else 2) * kept * one_vector))
     if positions == "all":
         # On the device: the residual stream and two contributions of each of these layers.
-        rows = min(rows, _HELD // (3 * one_vector * min(at_once, loaded.n_layers)))
+        rows = min(rows, _HELD // ((4 if heads else 3) * one_vector * min(at_once, loaded.n_layers)))
     order = {row.id: place for place, row in enumerate(stored)}
     for first in range(0, loaded.n_layers, at_once):
         layers = range(first, min(first + at_once, loaded.n_layers))
-        parts: dict[Site, list[torch.Tensor]] = {}
+        parts: dict[tuple[int, str], list[torch.Tensor]] = {}
         ids: list[int] = []
         for batch in batches(stored, rows):
-            found = run_batch(loaded, batch, positions=positions, keep=layers)
-            ids += found.prompts
-            for key, value in found.contributions.items():
-                parts.setdefault(key, []).append(value.cpu())
+            clean = run_batch(loaded, batch, positions=positions, keep=layers, heads=heads)
+            ids += clean.prompts
+            for site, value in clean.contributions.items():
+                parts.setdefault((site.layer, site.component), []).append(value.cpu())
+            for layer, value in clean.head_inputs.items():
+                parts.setdefault((layer, HEADS), []).append(value.flatten(-2).cpu())
         # Back into the table's order: batches follow the prompts' lengths.
         places = torch.tensor([order[number] for number in ids]).argsort()
         for layer in layers:
             values = {"prompt": torch.tensor([row.id for row in stored], dtype=torch.int32)}
-            for component in COMPONENTS:
-                value = torch.cat(parts.pop(Site(layer, component)))[places]
+            for component in (*COMPONENTS, HEADS) if heads else COMPONENTS:
+                value = torch.cat(parts.pop((layer, component)))[places]
                 values[component] = value if positions == "all" else value[:, 0]
             tensors.write(job.output["layers"][layer], values, {**metadata, "layer": layer})

@@ -8,6 +8,7 @@ seed, target, code.
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from selfrepair.jobs.session import Session
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.ablations import ACTIVATIONS, STD, kind
-from selfrepair.planning.sites import COMPONENTS, Site
+from selfrepair.planning.sites import COMPONENTS, HEAD, HEADS, Site
 from selfrepair.prompts import tokens as prompts
 from selfrepair.storage import tables, tensors
 
@@ -48,14 +49,15 @@ def run(job: Job, session: Session) -> None:
     key = prompts.key(job.input["tokens"])
     positions = params["positions"]
     rows = session.rows(loaded, sources, job.runtime)
+    heads = HEADS in params["components"]
     choice = session.path(loaded, key, sources, positions)
-    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows)
+    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads)
+    sites = _sites(loaded, params["layer"], params["components"])
     ablation = ablations.create(params["ablation"], _inputs(job, loaded, rows))
     if isinstance(ablation, EmbeddingNoise) and positions == "last":
-        vectors = len(sources) * params["draws"] * 2 * loaded.n_layers
+        vectors = len(sources) * params["draws"] * (3 if heads else 2) * loaded.n_layers
         size = vectors * loaded.adapter.d_model * loaded.dtype.itemsize
         ablation.kept = session.noise((key, ablation.key), size)
-    sites = tuple(Site(params["layer"], component) for component in params["components"])
     settings = Settings(sites, params["draws"], positions, choice.path, rows)
     started = time.perf_counter()
     measured = measure(loaded, runs, ablation, settings)
@@ -94,15 +96,41 @@ def _inputs(job: Job, loaded: LoadedModel, rows: int) -> ablations.Inputs:
     needed = kind(params["ablation"]).inputs
     if STD in needed:
         moments = tensors.read(job.input[STD])
-        inputs.std = {Site(layer, c): moments[f"{c}.std"][layer] for c in COMPONENTS}
-        inputs.mean = {Site(layer, c): moments[f"{c}.mean"][layer] for c in COMPONENTS}
+        stds = {name.removesuffix(".std"): x[layer] for name, x in moments.items() if name.endswith(".std")}
+        means = {
+            name.removesuffix(".mean"): x[layer] for name, x in moments.items() if name.endswith(".mean")
+        }
+        inputs.std, inputs.mean = _by_site(loaded, layer, stds), _by_site(loaded, layer, means)
     if ACTIVATIONS in needed:
         stored = tensors.read(job.input[ACTIVATIONS])
         inputs.store_prompts = stored["prompt"].tolist()
-        inputs.stored = {
-            Site(layer, c): _with_positions(stored[c], positions).to(loaded.device) for c in COMPONENTS
+        values = {
+            name: _with_positions(x, positions).to(loaded.device)
+            for name, x in stored.items()
+            if name != "prompt"
         }
+        inputs.stored = _by_site(loaded, layer, values)
     return inputs
+
+
+def _sites(loaded: LoadedModel, layer: int, components: Sequence[str]) -> tuple[Site, ...]:
+    """Return the sites of one layer that `components` name. Raises InputError if the model has no heads."""
+    sites: list[Site] = []
+    for component in components:
+        sites += loaded.head_sites(layer) if component == HEADS else [Site(layer, component)]
+    return tuple(sites)
+
+
+def _by_site(
+    loaded: LoadedModel, layer: int, values: Mapping[str, Tensor]
+) -> dict[Site, Tensor]:  # (..., d_model) by component -> by site, heads apart
+    """Return the values of each site of a layer, from those of its components and of its heads side by side."""
+    by_site = {Site(layer, component): values[component] for component in COMPONENTS}
+    if HEADS in values:
+        split = loaded.heads(layer)
+        parts = values[HEADS][..., : split.n_heads * split.width].unflatten(-1, (split.n_heads, split.width))
+        by_site |= {site: parts[..., site.index, :] for site in loaded.head_sites(layer)}
+    return by_site
 
 
 def _with_positions(stored: Tensor, positions: str) -> Tensor:  # -> (prompt, P, d_model)
@@ -143,7 +171,9 @@ def _columns(
         **columns,
         **{key: [params[key]] * n_rows for key in ("experiment", "model", "source", "ablation")},
         "layer": [params["layer"]] * n_rows,
-        "component": [sites[number].component for number in measured["site"]],
+        "component": [
+            sites[number].component if sites[number].index is None else HEAD for number in measured["site"]
+        ],
         "head": [sites[number].index for number in measured["site"]],
         "prompt": ids,
         "draw": draws,
