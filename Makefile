@@ -6,7 +6,9 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
 PYTHON ?= python3
-CORES ?= $(shell $(PYTHON) -c "import os; print(len(getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)))")
+CPUS := $(shell $(PYTHON) -c "import os; print(len(getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count()))(0)))")
+# Jobs at a time. At least four, because a job that waits for the device uses no processor.
+CORES ?= $(shell echo $$(( $(CPUS) > 4 ? $(CPUS) : 4 )))
 SNAKEMAKE ?=
 CONFIG ?= config.yaml
 ROWS ?= 20
@@ -20,7 +22,7 @@ run: $(STAMP)
 
 # Files of tests side by side: most of the time goes into starting processes.
 test: lint
-	.venv/bin/pytest --numprocesses $(CORES) --dist loadfile --durations 10
+	.venv/bin/pytest --numprocesses $(CPUS) --dist loadfile --durations 10
 
 lint: $(STAMP)
 	.venv/bin/ruff check .
@@ -55,9 +57,9 @@ bench: $(STAMP) $(PEERS)
 clean-results: $(STAMP)
 	PYTHONPATH=scripts .venv/bin/python -m selfrepair.tools.clean --configfile $(CONFIG)
 
-# Drop finished cells that no file of results/ uses any more.
+# Remove finished cells that no file of results/ uses any more.
 prune: $(STAMP)
-	PYTHONPATH=scripts .venv/bin/python -m selfrepair.jobs.cellstore prune
+	PYTHONPATH=scripts .venv/bin/python -m selfrepair.tools.prune
 
 # Through a real SLURM on this machine, which takes root and Debian's packages.
 test-cluster: $(STAMP)

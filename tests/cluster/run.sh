@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The workflow through a real SLURM on this machine. Where that cannot be had it says so and ends with status 0.
-# Arguments go to pytest. The plugin is put into .venv-cluster/, beside which .venv/ stays as it is: with the plugin
+# Arguments go to pytest. The plugins are put into .venv-cluster/, beside which .venv/ stays as it is: with the plugin
 # and SLURM's commands installed but no controller running, every start of Snakemake would wait ten seconds for one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -26,7 +26,7 @@ if [ ! -x .venv-cluster/bin/python ] || [ requirements-cluster.lock -nt .venv-cl
     site=$(.venv-cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/beside.pth"
     .venv/bin/python -m pip install --quiet --no-deps --target "$site" --requirement requirements-cluster.lock ||
-        cannot "snakemake-executor-plugin-slurm cannot be installed"
+        cannot "the plugins of requirements-cluster.lock cannot be installed"
     touch .venv-cluster/.installed
 fi
 
@@ -36,4 +36,4 @@ case "$left" in /tmp/slurm-node-*/slurm.conf) tests/cluster/slurm/down.sh "${lef
 directory=$(mktemp -d /tmp/slurm-node-XXXXXX)
 trap 'tests/cluster/slurm/down.sh "$directory"; sleep 1; rm -rf "$directory"' EXIT
 tests/cluster/slurm/up.sh "$directory" || cannot "SLURM does not start here"
-HYDRA_SLURM=$directory .venv-cluster/bin/python -m pytest -s tests/cluster "$@"
+HYDRA_SLURM=$directory HYDRA_SLURM_CACHE_SECONDS=0.5 .venv-cluster/bin/python -m pytest -s tests/cluster "$@"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import faults
@@ -22,26 +23,29 @@ pytestmark = [
     pytest.mark.skipif("HYDRA_SLURM" not in os.environ, reason="tests/cluster/run.sh starts SLURM and this"),
 ]
 
-# Ask often, since jobs here take seconds; and ask squeue, since there is no accounting.
-QUICK = [
-    "--slurm-status-command=squeue",
-    "--slurm-init-seconds-before-status-checks=2",
-    "--seconds-between-status-checks=2",
-    "--latency-wait=5",
-]
+# Ask often, since jobs here take seconds. The plugin must ask squeue, since there is no accounting.
+QUICK = {
+    "slurm": ["--seconds-between-status-checks=1", "--latency-wait=5"],
+    "slurm-plugin": [
+        "--slurm-status-command=squeue",
+        "--slurm-init-seconds-before-status-checks=2",
+        "--seconds-between-status-checks=2",
+        "--latency-wait=5",
+    ],
+}
 
 
 class Project(stubproject.Project):
     """A project whose Snakemake submits."""
 
-    cluster = True
+    profile: str | None = "slurm"  # None: without SLURM
     patience = 1200.0
     extra: tuple[str, ...] = ()
 
     def command(self, *arguments: str) -> list[str]:
-        if not self.cluster:
+        if self.profile is None:
             return super().command(*arguments)
-        profile = ["--workflow-profile", "profiles/slurm", *QUICK, *self.extra]
+        profile = ["--workflow-profile", f"profiles/{self.profile}", *QUICK[self.profile], *self.extra]
         return [sys.executable, "-m", "snakemake", *profile, *arguments]
 
 
@@ -50,8 +54,8 @@ def slurm(*command: str) -> str:
 
 
 def running(name: str) -> list[str]:
-    """Ids of the running batch jobs whose comment contains `name`."""
-    lines = slurm("squeue", "--noheader", "--states=RUNNING", "--format=%i %k").splitlines()
+    """Ids of the running batch jobs whose name contains `name`."""
+    lines = slurm("squeue", "--noheader", "--states=RUNNING", "--format=%i %j").splitlines()
     return [line.split()[0] for line in lines if name in line]
 
 
@@ -66,7 +70,7 @@ def wait_for(
 
 
 def submitted(said: str) -> int:
-    return len(re.findall(r"has been submitted with SLURM jobid", said))
+    return len(re.findall(r"has been submitted with SLURM jobid|Submitted .* with external jobid", said))
 
 
 @pytest.fixture
@@ -75,46 +79,66 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield path
 
 
-def test_a_small_grid_is_that_of_a_local_run(directory: Path) -> None:
-    """A random model of eight layers, two dozen cells: through SLURM, and without."""
-    (directory / "local").mkdir()
-    stubproject.copy_workflow(directory / "local")
-    tiny.write_model(directory / "local" / "model", layers=8)
-    tiny.write_data(directory / "local" / "a.jsonl", 0)
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A random model of eight layers and 24 cells, computed without SLURM."""
+    directory = tmp_path_factory.mktemp("local")
+    stubproject.copy_workflow(directory)
+    tiny.write_model(directory / "model", layers=8)
+    tiny.write_data(directory / "a.jsonl", 0)
     config = copy.deepcopy(tiny.CONFIG)
     del config["experiments"]["all"], config["datasets"]["b"]
+    config["models"]["tiny"]["device"] = "auto"
     config["experiments"]["last"] |= {"datasets": ["a"], "ablations": ["zero", "replace"]}
-    shutil.copytree(directory / "local", directory / "cluster")
-    cluster = Project(directory / "cluster", config)
-    local = Project(directory / "local", config)
-    local.cluster = False
-    until = ["--until", "summary"]
+    project = Project(directory, config)
+    project.profile = None
+    project.snakemake("--until", "summary")
+    yield project
+    project.close()
+
+
+GROUPS = 3  # zero, replace-a, self
+
+
+@pytest.mark.parametrize(
+    ("profile", "devices", "loads"), [("slurm", 1, GROUPS), ("slurm", 2, 2 * GROUPS), ("slurm-plugin", 1, 24)]
+)
+def test_a_small_grid_is_that_of_a_local_run(
+    local: Project, directory: Path, profile: str, devices: int, loads: int
+) -> None:
+    """The plugin runs every cell as a job step with a Snakemake and a worker of its own."""
+    for part in ("Snakefile", "workflow", "scripts", "envs", "profiles", "model", "a.jsonl"):
+        (shutil.copytree if (local.path / part).is_dir() else shutil.copy)(
+            local.path / part, directory / part
+        )
+    cluster = Project(directory, local.configured())
+    cluster.profile = profile
+    if devices > 1:
+        cluster.extra = ("--resources", f"gpu={devices}")
+        cluster.extra_environment = {"SELFREPAIR_PRETEND_DEVICES": str(devices)}
     started = time.monotonic()
-    local.snakemake(*until)
-    alone = time.monotonic() - started
-    started = time.monotonic()
-    said = cluster.snakemake(*until)
+    said = cluster.snakemake("--until", "summary")
     seconds = time.monotonic() - started
     expected, found = faults.contents(local), faults.contents(cluster)
     cells = [path for path in found if "/effects/" in path]
     assert expected == found and len(cells) == 24
-    groups = 3  # zero, replace-a, self
-    assert submitted(said) == 1 + 1 + groups + 1  # tokens, activations, cells, summary
-    print(
-        f"\n{len(cells)} cells in {groups} groups: {submitted(said)} batch jobs, {seconds:.0f} s; "
-        f"without SLURM {alone:.0f} s; the same bytes"
-    )
+    assert submitted(said) == 1 + 1 + GROUPS + 1  # tokens, activations, cells, summary
     logs = [log.read_text() for log in cluster.path.rglob("logs/effects/**/*.log")]
     engine = sum(float(found) for log in logs for found in re.findall(r"([0-9.]+) s in the engine", log))
+    steps = []  # seconds between the ends of two cells of a batch job
+    for group in cluster.path.glob("results/last/tiny/logs/effects/source=a/ablation=*"):
+        ends = sorted(log.stat().st_mtime for log in group.glob("*.log"))
+        steps += sorted(later - earlier for earlier, later in pairwise(ends))
+    steps.sort()
     print(
-        f"arithmetic of the cells {engine:.2f} s; {(seconds - engine) / len(cells):.2f} s per cell beside it"
+        f"\nprofile {profile}, {devices} devices per batch job: {len(cells)} cells in {GROUPS} groups, "
+        f"{seconds:.0f} s; arithmetic of the cells {engine:.2f} s; "
+        f"median time between two cells {steps[len(steps) // 2]:.2f} s"
     )
-    # One worker per batch job of a group: the model was loaded once for its eight cells.
-    starts = [len(re.findall("loading model", log)) for log in logs]
-    assert sum(starts) == groups, starts
+    starts = sum(len(re.findall("loading model", log)) for log in logs)
+    assert starts <= loads if devices > 1 else starts == loads
     wait_for(lambda: not cluster.workers(), 20)  # ended with their batch jobs
-    for project in (cluster, local):
-        project.close()
+    cluster.close()
 
 
 FAULTY = copy.deepcopy(stubproject.CONFIG)
@@ -126,7 +150,7 @@ def test_a_bad_night(directory: Path) -> None:
     (directory / "expected").mkdir()
     (directory / "night").mkdir()
     expected = Project.stub(directory / "expected", FAULTY, layers=2)
-    expected.cluster = False
+    expected.profile = None
     expected.snakemake("--until", "summary")
     project = Project.stub(directory / "night", FAULTY, layers=2)
     project.extra = ("--retries", "0")

@@ -1,10 +1,12 @@
 """Leases of devices. No GPU is needed: CPU workers with addresses of their own stand for devices."""
 
 import copy
+import json
 import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import faults
 import pytest
 from selfrepair.jobs import devices
 from selfrepair.jobs.devices import Device
+from selfrepair.jobs.job import Job
 from stubproject import CONFIG, Project
 from test_worker import Bench
 
@@ -22,7 +25,7 @@ from selfrepair.jobs.devices import leased
 from selfrepair.jobs.job import Job
 model, source, directory = sys.argv[1:]
 job = Job("effects", {}, {}, {"experiment": "e", "source": source}, {"device": "auto", "model": model})
-with leased(job, lambda: Path(directory)) as device:
+with leased(job, Path(directory)) as device:
     print(device.visible, flush=True)
     sys.stdin.read()
 """
@@ -43,7 +46,7 @@ class Holder:
 
     def device(self) -> str:
         """The leased device; waits for the lease."""
-        assert self.process.stdout is not None
+        assert self.process.stdout is not None and not self.waits(60)
         return self.process.stdout.readline().strip()
 
     def waits(self, seconds: float = 0.5) -> bool:
@@ -179,3 +182,25 @@ def test_a_run_on_several_devices_uses_all_and_gives_the_results_of_one(tmp_path
     assert len(list(projects[1].path.glob("results/e/m/effects/*/*/*"))) == 8
     for project in projects.values():
         project.close()
+
+
+def test_a_device_waits_a_moment_for_jobs_of_its_model(tmp_path: Path) -> None:
+    """Otherwise two models would take turns on one device, and each turn would load a model."""
+    path = tmp_path / "device-0.lease"
+    assert devices._rank(path, ["m", ["e", "a"]]) == (2, True)  # never used
+    path.write_text(json.dumps(["m", ["e", "a"]]))
+    ready = {}
+    for seconds in (0.0, 1.0, 10.0):
+        os.utime(path, (time.time() - seconds,) * 2)
+        for use in (["m", ["e", "a"]], ["m", ["e", "b"]], ["n", ["e", "a"]]):
+            ready[seconds, use[0], use[1][1]] = devices._rank(path, use)
+    assert [ready[seconds, "m", "a"] for seconds in (0.0, 1.0, 10.0)] == [(0, True)] * 3
+    assert [ready[seconds, "m", "b"] for seconds in (1.0, 10.0)] == [(1, True)] * 2
+    assert [ready[seconds, "n", "a"] for seconds in (0.0, 1.0, 10.0)] == [(3, False), (3, False), (3, True)]
+
+
+def test_tokens_go_before_the_model_is_loaded() -> None:
+    runtime = {"model": "m", "device": "auto"}
+    tokens = [Job("tokens", {}, {}, {"dataset": name}, runtime) for name in "ab"]
+    clean = Job("activations", {}, {}, {"dataset": "a", "experiment": "e"}, runtime)
+    assert devices._use(tokens[0]) == devices._use(tokens[1]) != devices._use(clean)

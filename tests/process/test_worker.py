@@ -1,18 +1,23 @@
 """The worker with stand-in stages: started, raced for, killed, left idle. Clients are processes."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from selfrepair.jobs.worker import address as addresses
-from selfrepair.planning.fingerprint import code_digest
+from selfrepair.jobs.worker import server
+from selfrepair.planning.fingerprint import code_digest, stage_digest
+from selfrepair.storage.processes import identify
 from stubproject import Project
 
 SUBMIT = """
@@ -47,7 +52,7 @@ class Bench(Project):
             "stage": "tokens",
             "input": {},
             "output": {"tokens": f"results/{name}.parquet"},
-            "params": {"name": name, "code": code_digest(["selfrepair.jobs.stages.tokens"], package)},
+            "params": {"name": name, "code": stage_digest("tokens", self.path / "scripts")},
             "runtime": {
                 "device": "cpu",
                 "worker": True,
@@ -305,7 +310,7 @@ def test_without_a_private_directory_the_message_says_what_to_do(
         addresses.private_directory() == tmp_path / f"hydra-effect-{os.getuid()}"
     )  # the long one is passed by
     monkeypatch.setattr(addresses, "_ADDRESS_BYTES", 10)
-    with pytest.raises(addresses.InputError, match="worker: off"):
+    with pytest.raises(addresses.InputError, match="set TMPDIR"):
         addresses.private_directory()
 
 
@@ -344,3 +349,95 @@ def test_a_worker_whose_job_is_killed_before_it_asks_for_anything_ends_with_the_
     process.kill()
     wait_for(lambda: not bench.workers(), 5)
     process.wait()
+
+
+def broken_jobs(bench: Bench) -> dict[str, bytes]:
+    job = bench.job("broken")
+    run = [os.getpid(), "1"]
+    without = {key: value for key, value in job["runtime"].items() if key != "idle_seconds"}
+    requests = {
+        "no job": {"run": run},
+        "no run": {"job": job},
+        "no idle_seconds": {"job": {**job, "runtime": without}, "run": run},
+        "idle_seconds in words": {"job": {**job, "runtime": {**without, "idle_seconds": "long"}}, "run": run},
+        "an unknown part": {"job": {**job, "surprise": 1}, "run": run},
+    }
+    lines = {name: json.dumps(request).encode() + b"\n" for name, request in requests.items()}
+    return {**lines, "no JSON": b"hello\n", "nested": b"[" * 100_000 + b"\n", "not UTF-8": b"\xff\xfe\n"}
+
+
+def test_a_request_that_cannot_be_read_gets_an_answer_and_does_not_end_the_worker(bench: Bench) -> None:
+    bench.do(bench.job("one"))
+    (path,) = bench.sockets()
+    for name, line in broken_jobs(bench).items():
+        connection = addresses.connect(path)
+        assert connection is not None, name
+        with connection:
+            connection.settimeout(20)
+            connection.sendall(line)
+            answer = json.loads(connection.makefile().readline())
+        assert answer["event"] == "failed" and "cannot read" in answer["message"], name
+    bench.do(bench.job("two"))
+    assert len({process for _, process, _, _ in bench.ran()}) == 1
+
+
+@pytest.mark.parametrize("sent", [b"x" * 1000, b"{"], ids=["too long", "unfinished"])
+def test_a_request_without_an_end_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sent: bytes
+) -> None:
+    monkeypatch.setattr(server, "REQUEST_BYTES", 100)
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    run = identify(os.getpid())
+    assert run is not None
+    monkeypatch.chdir(tmp_path)
+    listening = server.Server(Path("w.sock"), "cpu", "package", 1.0, run)
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(sent)
+        listening._handle(theirs)  # returns, and has closed the connection
+        assert ours.recv(10) == b""
+    assert listening.requests.empty()
+    listening.close()
+    listening.listener.close()
+    assert not Path("w.sock").exists()
+
+
+def test_files_of_killed_workers_are_removed_after_an_hour(bench: Bench) -> None:
+    bench.do(bench.job("one"))
+    (path,) = bench.sockets()
+    (worker,) = bench.workers()
+    lock = next(path.parent.glob("start-*.lock"))
+    before = sorted(path.parent.iterdir())
+    hours_ago = time.time() - 7200
+    for file in before:
+        os.utime(file, (hours_ago, hours_ago))
+    (lease,) = path.parent.glob("device-*.lease")
+    with open(lease, "a") as held:
+        # A lock of this process would not exclude itself: another process holds the lease.
+        holder = multiprocessing.get_context("fork").Process(target=hold_forever, args=(held,))
+        holder.start()
+        wait_for(lambda: lease.read_text() == "held")
+        os.utime(lease, (hours_ago, hours_ago))
+        addresses.remove_stale_files(path.parent)
+        assert sorted(path.parent.iterdir()) == before  # the worker lives, and so does the job
+        holder.kill()
+        holder.join()
+    worker.kill()
+    wait_for(lambda: not bench.workers())
+    addresses.remove_stale_files(path.parent)
+    assert list(path.parent.iterdir()) == [lock]
+
+
+def hold_forever(file: IO[str]) -> None:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write("held")
+    file.flush()
+    time.sleep(600)
+
+
+def test_a_worker_that_ends_by_itself_leaves_only_the_lock(bench: Bench) -> None:
+    bench.do(bench.job("one", idle_seconds=0.1))
+    wait_for(lambda: not bench.workers())
+    (private,) = bench.runtime_dir.iterdir()
+    assert not [file for file in private.iterdir() if not file.name.startswith(("start-", "device-"))]

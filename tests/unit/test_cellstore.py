@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from selfrepair.errors import DamagedFileError
+from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
 from selfrepair.storage import contents, tables
+from selfrepair.tools import prune
 
 
 def write_safetensors(path: Path, **metadata: str) -> None:
@@ -215,8 +216,8 @@ def test_prune_drops_what_no_cell_uses(job: Job, capsys: pytest.CaptureFixture[s
     kept = cellstore.cell_key(replace(job, params={**job.params, "layer": 2}))
     (results / ".cells" / ".x.parquet.1-a.tmp").touch()
     assert len(entries(job)) == 2
-    assert cellstore.main(["prune", str(results)]) == 0
-    assert capsys.readouterr().out.startswith("1 cells dropped, ")
+    assert prune.main([str(results)]) == 0
+    assert capsys.readouterr().out.startswith("Removed 1 cells, ")
     assert [entry.stem for entry in entries(job)] == [kept]
     assert not list((results / ".cells").glob(".*"))
     Path(job.output["cell"]).unlink()
@@ -225,6 +226,12 @@ def test_prune_drops_what_no_cell_uses(job: Job, capsys: pytest.CaptureFixture[s
 
 
 def test_prune_wants_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cellstore.main(["prune", str(tmp_path / "nowhere")]) == 1
+    assert prune.main([str(tmp_path / "nowhere")]) == 1
     assert "no such directory" in capsys.readouterr().err
-    assert cellstore.main(["purge"]) == 2
+    assert prune.main(["one", "two"]) == 2
+
+
+def test_a_file_in_place_of_the_store_is_an_input_error(job: Job) -> None:
+    Path(job.runtime["cells"]).write_text("")
+    with pytest.raises(InputError, match=r"\.cells: is a file"):
+        cellstore.fetch_or_compute(job, Computing())

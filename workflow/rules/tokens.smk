@@ -8,7 +8,7 @@ rule tokens:
     conda:
         "../../envs/model.yaml"
     resources:
-        gpu=1,  # for its turn: no model is loaded while prompts are still unread
+        gpu=1000,  # all there are: no other job starts, and no model is loaded, while prompts are still unread
     params:
         spec=PLAN.tokens,
         runtime=runtime,

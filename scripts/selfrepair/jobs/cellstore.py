@@ -1,10 +1,8 @@
-"""Finished cells, filed under the digest of everything that determines them.
+"""The store of finished cells: `results/.cells/KEY.parquet`, where the key digests everything that determines a cell.
 
-Snakemake deletes the outputs of a job that is run again, and of a whole group when one of its jobs fails. A
-cell is therefore first put into `results/.cells/`, and the declared output is a second name of the same file
-(or a copy, where the file system has no hard links). Asked for again, it is there at once.
-
-`python -m selfrepair.jobs.cellstore prune` drops what no current cell uses.
+Snakemake deletes the outputs of a job before it runs the job again, and the outputs of a whole group when one of its
+jobs fails. So a cell is first written to the store, and the declared output is a second name of the same file (a copy
+on file systems without hard links). A later job with the same key links the stored file instead of computing it.
 """
 
 import hashlib
@@ -12,12 +10,11 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from selfrepair.errors import DamagedFileError
+from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.jobs.job import Job
 from selfrepair.storage.atomic import remove_leftovers, replacing
 from selfrepair.storage.contents import combine_digests, content_of
@@ -26,23 +23,30 @@ _log = logging.getLogger("selfrepair")
 
 
 def fetch_or_compute(job: Job, compute: Callable[[Job], None]) -> None:
-    """Give a job that makes one cell its output: from the store, or by `compute`, which is asked to write
-    into the store.
+    """Create the output of a job that makes one cell: link the stored cell, or have `compute` write it to the store.
 
-    The cell's key is in `runtime["cell_key"]` of the job that `compute` gets, to be kept with the cell.
+    The job that `compute` gets writes into the store and has the cell's key in `runtime["cell_key"]`, for the cell's
+    metadata. Raises InputError if the store's directory cannot be used.
     """
     key = cell_key(job)
-    entry = Path(job.runtime["cells"]) / f"{key}.parquet"
+    store = Path(job.runtime["cells"])
+    if store.exists() and not store.is_dir():
+        raise InputError(
+            "is a file, and must be the directory of the finished cells",
+            where=str(store),
+            remedy="move or remove it, then run the same command again.",
+        )
+    entry = store / f"{key}.parquet"
     ((name, output),) = job.output.items()
     if entry.exists():
         try:
             check(entry)
             link(entry, Path(output))
-            _log.info("found in the cell store: nothing to compute")
+            _log.info("linked from the cell store: nothing to compute")
             return
         except DamagedFileError as error:
-            _log.warning("dropped from the cell store, and computed again: %s", error.what)
-        except FileNotFoundError:  # pruned at this moment
+            _log.warning("removed from the cell store and computed again: %s", error.what)
+        except FileNotFoundError:  # `make prune` removed it a moment ago
             pass
         entry.unlink(missing_ok=True)
     remove_leftovers(entry)
@@ -51,9 +55,9 @@ def fetch_or_compute(job: Job, compute: Callable[[Job], None]) -> None:
 
 
 def cell_key(job: Job) -> str:
-    """SHA-256 over everything that determines a cell: its parameters and the contents of its inputs.
+    """Return the SHA-256 of everything that determines a cell: its parameters and the contents of its inputs.
 
-    Where results are put and how they are computed (`output`, `runtime`, `log`) is not part of it.
+    The paths of inputs and outputs, `runtime` and `log` are not part of it.
     """
     inputs = {
         name: [content_of(path) for path in ([value] if isinstance(value, str) else value)]
@@ -64,7 +68,7 @@ def cell_key(job: Job) -> str:
 
 
 def input_digests(job: Job) -> dict[str, str]:
-    """Name of each input -> the digest of its content; of a list, one over those of its files."""
+    """Return name of input -> digest of its content; for a list of files, one digest of their digests."""
     return {
         name: content_of(value) if isinstance(value, str) else combine_digests(map(content_of, value))
         for name, value in job.input.items()
@@ -72,15 +76,15 @@ def input_digests(job: Job) -> dict[str, str]:
 
 
 def check(entry: Path) -> None:
-    """Raise DamagedFileError unless the file holds what was written to it."""
+    """Raise DamagedFileError if the content of the file is not what was written to it."""
     from selfrepair.storage import tables
 
     tables.read(entry, verify=True)
 
 
 def link(entry: Path, output: Path) -> None:
-    """Make `output` a second name of the file `entry`, or a copy of it; all or nothing."""
-    # Renaming one name of a file onto another one does nothing and leaves both.
+    """Make `output` a second name of the file `entry`, or a copy of it, atomically."""
+    # rename() between two names of the same file does nothing and leaves both.
     output.unlink(missing_ok=True)
     with replacing(output) as temporary:
         try:
@@ -89,61 +93,46 @@ def link(entry: Path, output: Path) -> None:
             raise
         except OSError:  # another file system, or one without hard links
             shutil.copyfile(entry, temporary)
-    os.utime(output)  # an output older than its inputs would be made again
+    os.utime(output)  # Snakemake would rerun a job whose output is older than its inputs
 
 
 def prune(results: Path) -> tuple[int, int]:
-    """Drop every entry that is not the content of a present cell, and leftovers; return (dropped, bytes)."""
+    """Remove every stored cell that is not the content of a present cell, and unfinished files.
+
+    Returns the number of removed cells and their size in bytes.
+    """
     store = results / ".cells"
-    used, keys = _in_use(results.glob("*/*/effects/source=*/ablation=*/layer=*.parquet"))
-    dropped = size = 0
+    inodes, keys = _in_use(results.glob("*/*/effects/source=*/ablation=*/layer=*.parquet"))
+    removed = size = 0
     for entry in store.glob("*.parquet") if store.is_dir() else ():
-        found = entry.stat()
-        if (found.st_dev, found.st_ino) in used or entry.stem in keys:
+        status = entry.stat()
+        if (status.st_dev, status.st_ino) in inodes or entry.stem in keys:
             continue
         entry.unlink()
-        dropped, size = dropped + 1, size + found.st_size
+        removed, size = removed + 1, size + status.st_size
     for leftover in store.glob(".*.tmp") if store.is_dir() else ():
         leftover.unlink(missing_ok=True)
-    return dropped, size
+    return removed, size
 
 
 def _in_use(cells: Iterable[Path]) -> tuple[set[tuple[int, int]], set[str]]:
-    """The files that cells are, by inode, and the keys that copies of an entry state."""
+    """Return (device, inode) of every cell, and the keys in the metadata of cells that are copies."""
     inodes: set[tuple[int, int]] = set()
     keys: set[str] = set()
     for cell in cells:
-        found = cell.stat()
-        inodes.add((found.st_dev, found.st_ino))
-        if found.st_nlink == 1:
-            keys.update(_stated_key(cell))
+        status = cell.stat()
+        inodes.add((status.st_dev, status.st_ino))
+        if status.st_nlink == 1:
+            keys.update(_key_in_metadata(cell))
     return inodes, keys
 
 
-def _stated_key(cell: Path) -> Iterator[str]:
+def _key_in_metadata(cell: Path) -> Iterator[str]:
     from selfrepair.storage import tables
 
     try:
         key = tables.read_metadata(cell).get("cell_key")
-    except (DamagedFileError, FileNotFoundError):  # damaged: the summary will say so
+    except (DamagedFileError, FileNotFoundError):  # the summary stage reports a damaged cell
         return
     if key is not None:
         yield str(key)
-
-
-def main(arguments: list[str]) -> int:
-    """`prune [RESULTS]`; returns the exit status."""
-    if arguments[:1] != ["prune"] or len(arguments) > 2:
-        print("usage: python -m selfrepair.jobs.cellstore prune [RESULTS]", file=sys.stderr)
-        return 2
-    results = Path(arguments[1] if len(arguments) == 2 else "results")
-    if not results.is_dir():
-        print(f"{results}: there is no such directory", file=sys.stderr)
-        return 1
-    dropped, size = prune(results)
-    print(f"{dropped} cells dropped, {size / 1e6:.1f} MB freed; those in use are kept.")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,10 @@
-"""Lease one device per running job, where a machine has several and the configuration says `device: auto`.
+"""Lease one device per running job.
 
-A lease is a lock on a file. The kernel releases it when the process that holds it ends. The job's worker, or the job's
-own process, sees only the leased device (`CUDA_VISIBLE_DEVICES`), so that results do not depend on its number.
+A lease is a lock on a file. The kernel releases it when the process that holds it ends. Jobs that wait for a lease have
+already started, so that the device does not wait for their imports.
+
+With several visible CUDA devices and `device: auto`, jobs spread over the devices. The job's worker, or the job's own
+process, sees only the leased device (`CUDA_VISIBLE_DEVICES`), so that results do not depend on its number.
 """
 
 import contextlib
@@ -11,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,7 +23,10 @@ from selfrepair.jobs.job import Job
 from selfrepair.jobs.lifeline import require_run
 
 PRETEND = "SELFREPAIR_PRETEND_DEVICES"  # a number of CPU workers that stand for devices, in tests
-_POLL_SECONDS = 0.005  # while all devices are leased
+_POLL_SECONDS = 0.005  # between two attempts to lease a device
+# How long a device must have been free before a job takes it, by what the device was used for last. Another job of the
+# same model or source may be about to take it, and loading a model takes longer than these waits.
+_SAME_SOURCE, _SAME_MODEL, _OTHER_MODEL = 0.0, 0.02, 2.0
 
 
 class Device(NamedTuple):
@@ -36,44 +42,42 @@ class Device(NamedTuple):
 
 
 @contextlib.contextmanager
-def leased(job: Job, lock_directory: Callable[[], Path]) -> Iterator[Device]:
-    """Yield a device that no other job of this project holds until the context ends; wait for one if all are leased.
+def leased(job: Job, directory: Path) -> Iterator[Device]:
+    """Yield a device that no other job of this project holds until the context ends. Wait while all are leased.
 
-    The lock files lie in `lock_directory()`. Free devices are tried in this order: last used for the same model and
-    source, for the same model, never used, used for another model. With one device nothing is leased: its worker does
-    the jobs in the order of their arrival. Raises InputError if the Snakemake run ends while this job waits.
+    The lock files lie in `directory`. Free devices are tried in this order: last used for the same model and
+    source, for the same model, never used, used for another model. Raises InputError if the Snakemake run ends.
     """
-    devices = available(job.runtime["device"])
-    if len(devices) == 1:
-        yield devices[0]
-        return
-    use, directory = _use(job), lock_directory()
-    files = [(device, _lock_path(directory, device)) for device in devices]
+    use = _use(job)
+    files = [(device, _lock_path(directory, device)) for device in available(job.runtime["device"])]
     while True:
-        # The last uses may change until the lock is held. A stale one costs time and never correctness.
-        for device, path in sorted(files, key=lambda pair: _distance(_last_use(pair[1]), use)):
-            if (lock := _try_lock(path)) is not None:
+        # The last uses may change until the lock is held, which costs time and never correctness.
+        candidates = sorted((*_rank(path, use), number) for number, (_, path) in enumerate(files))
+        for _, ready, number in candidates:
+            device, path = files[number]
+            if ready and (lock := try_lock(path)) is not None:
                 with lock:
-                    lock.seek(0)
-                    lock.truncate()
+                    lock.truncate(0)
                     lock.write(json.dumps(use))
                     lock.flush()
-                    yield device
+                    try:
+                        yield device
+                    finally:
+                        os.utime(path)  # free from now on
                 return
-        require_run()  # raises when nobody waits for this job any more
+        require_run()
         time.sleep(_POLL_SECONDS)
 
 
 def available(configured: str) -> list[Device]:
     """Return the devices that a job with `device: configured` may use; at least one.
 
-    `auto` means all visible CUDA devices, or whatever PyTorch picks if there are fewer than two. Any other value is
-    that one device.
+    `auto` means all visible CUDA devices, or PyTorch's choice if there are fewer than two.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if configured == "auto":
         if number := int(os.environ.get(PRETEND, "0")):
-            return [Device("cpu", f"pretended-{place}") for place in range(number)]
+            return [Device("cpu", f"pretended-{index}") for index in range(number)]
         names = _cuda_devices(visible)
         if len(names) > 1:
             return [Device("auto", name) for name in names]
@@ -100,16 +104,24 @@ def _torch_has_cuda() -> bool:
 
 def _use(job: Job) -> list[Any]:
     """What a worker keeps in memory after this job: the model, and the clean runs of one source."""
+    if job.stage == "tokens":  # one after the other, before the model is loaded
+        return [job.runtime["model"], "tokens"]
     source = job.params.get("source", job.params.get("dataset"))
     return [job.runtime["model"], [job.params.get("experiment"), source]]
 
 
-def _distance(last: Any, use: list[Any]) -> int:
+def _rank(path: Path, use: list[Any]) -> tuple[int, bool]:
+    """Return the rank of a device in the order of preference, and whether it has been free for long enough."""
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+        free_seconds = abs(time.time() - path.stat().st_mtime)
+    except (OSError, ValueError):  # never used, or its holder is writing
+        return 2, True
     if last == use:
-        return 0
-    if last is None:
-        return 2
-    return 1 if last[0] == use[0] else 3
+        return 0, free_seconds >= _SAME_SOURCE
+    if last[0] == use[0]:
+        return 1, free_seconds >= _SAME_MODEL
+    return 3, free_seconds >= _OTHER_MODEL
 
 
 def _lock_path(directory: Path, device: Device) -> Path:
@@ -117,14 +129,8 @@ def _lock_path(directory: Path, device: Device) -> Path:
     return directory / f"device-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}.lease"
 
 
-def _last_use(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no job yet, or its holder is writing
-        return None
-
-
-def _try_lock(path: Path) -> IO[str] | None:
+def try_lock(path: Path) -> IO[str] | None:
+    """Return the locked file, whose closing frees the lock; None if another process holds the lock."""
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
     try:
         # Not flock(): a child process, such as the worker, would keep the lock.

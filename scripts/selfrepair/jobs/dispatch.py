@@ -8,11 +8,11 @@ from selfrepair.planning.stages import stage_module
 
 
 def run_stage(job: Job, session: Any) -> None:
-    """Run the job's stage on `session` (None for the stages that use no model).
+    """Run the job's stage. `session` holds the model; it is None for stages that use no model.
 
-    Cells go through the cell store: what is there already is not computed again.
+    Cells go through the cell store, which computes only cells that it does not hold.
     """
-    # Imported here: a job that hands its work to a worker starts in milliseconds.
+    # Imported here because a job that sends its work to a worker must start in milliseconds.
     import importlib
 
     from selfrepair.jobs import cellstore

@@ -1,4 +1,4 @@
-"""What a stage is asked to do: the same JSON whether it runs in the job's own process or in the worker."""
+"""The request to a stage. It is JSON, so that the job's own process and the worker get the same request."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,20 +8,20 @@ Paths = dict[str, Any]  # name -> path, or list of paths
 
 @dataclass(frozen=True)
 class Job:
-    """One request to one stage. Everything in it is JSON: strings, numbers, lists, dictionaries, None."""
+    """One request to one stage. All values are JSON: strings, numbers, lists, dictionaries, None."""
 
     stage: str  # a module of selfrepair.jobs.stages
     input: Paths
     output: Paths
-    params: dict[str, Any]  # everything that shapes the result
-    runtime: dict[str, Any] = field(default_factory=dict)  # everything that does not (device, rows, worker)
+    params: dict[str, Any]  # every value that shapes the result
+    runtime: dict[str, Any] = field(default_factory=dict)  # every other value: device, rows, worker, ...
     log: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The job as JSON-ready dictionary."""
+        """Return the job as a dictionary that `json.dumps` accepts."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> "Job":
-        """The inverse of `to_json`."""
+        """Return the job that `to_json` turned into `raw`. Raises TypeError for unknown or missing keys."""
         return cls(**raw)

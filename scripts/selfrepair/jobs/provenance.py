@@ -1,4 +1,4 @@
-"""Facts about a run that every file carries in its metadata."""
+"""The metadata of every result file about the model, the device and the library versions."""
 
 import platform
 from typing import Any
@@ -12,8 +12,8 @@ import selfrepair
 from selfrepair.models.loading import LoadedModel
 
 
-def of(loaded: LoadedModel) -> dict[str, Any]:
-    """The model, its adapter, where and how it ran, and the versions of what computed."""
+def facts_of(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the model's files, its adapter, dtype and device, and the versions of the libraries."""
     spec = loaded.spec
     assert spec is not None
     return {
@@ -31,14 +31,14 @@ def of(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's name, as far as the system tells."""
+    """Return the name of the GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the libraries whose arithmetic or formats its files hold."""
+    """Return the versions of this package and of the libraries that compute or write results."""
     return {
         "hydra-effect": selfrepair.__version__,
         "python": platform.python_version(),

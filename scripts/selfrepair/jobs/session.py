@@ -1,6 +1,6 @@
-"""What a process keeps warm between jobs: one model, its tokenizer, and the clean runs of its sources.
+"""The cache that a process keeps between jobs: one model, its tokenizer, and the clean runs of its sources.
 
-A cache, never a source of truth: a job on a fresh session gives the same values.
+A job on a fresh session gives the same values.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ from selfrepair.prompts.prompt import Prompt
 
 T = TypeVar("T")
 
-# Most tokens that a pass takes at once where `runtime.rows` is `auto`. On a CPU larger products are no faster and
-# spill the caches; a GPU is only filled by many more.
+# Largest number of tokens per pass with `runtime.rows: auto`. On a CPU larger products are no faster and exceed the
+# caches; a GPU needs many more tokens to be busy.
 MOST_ROWS = {"cpu": 4096, "cuda": 65536}
 # Parts of the free memory: for one pass, and for the clean runs that are kept between jobs.
 _PASS_SHARE = 0.25
@@ -28,7 +28,7 @@ _KEPT_SHARE = 0.3
 
 
 class Session:
-    """Everything that is costly to make and safe to reuse."""
+    """Objects that take long to create and that later jobs can use unchanged."""
 
     def __init__(self, device: str = "auto") -> None:
         self.device = pick_device(device)
@@ -39,9 +39,10 @@ class Session:
         self._noise: tuple[Any, dict[Any, Any]] | None = None
 
     def model(self, spec: ModelSpec, digest: str | None = None) -> LoadedModel:
-        """The model, loaded once; another one takes its place.
+        """Return the model, loading it if it is not in memory. A session holds one model: loading drops the other.
 
-        `digest` is what planning found it to be: `sha256:` and its weights' digest, or a hub id and revision.
+        `digest` comes from planning: `sha256:` and the digest of the weights, or a hub id and revision. Raises
+        InputError if the weights have another digest.
         """
         key = (spec, digest)
         if key not in self._models:
@@ -55,9 +56,9 @@ class Session:
         return self._models[key]
 
     def tokenizer(self, path: str, revision: str | None) -> Any:
-        """The model's own tokenizer with its default special tokens."""
+        """Return the model's tokenizer with its default special tokens."""
         directory = local_snapshot(ModelSpec(path, revision, "float32"))
-        # A worker may outlive an edit of the directory: a tokenizer is kept for the files it was read from.
+        # The files may be edited while a worker lives: their sizes and times are part of the key.
         stats = [(file.name, file.stat()) for file in sorted(directory.glob("*token*"))]
         key = (
             directory,
@@ -70,34 +71,34 @@ class Session:
         return self._tokenizers[key]
 
     def rows(self, loaded: LoadedModel, prompts: Sequence[Prompt], runtime: dict[str, Any]) -> int:
-        """Tokens per pass: `runtime.rows`; or what fits into a quarter of the free memory, up to MOST_ROWS."""
+        """Return the tokens per pass: `runtime.rows`, or what fits into a quarter of the memory, up to MOST_ROWS."""
         wanted = runtime.get("rows", "auto")
         if wanted not in ("auto", None):
             return int(wanted)
         length = max(len(prompt.input_ids) for prompt in prompts)
 
-        def make() -> int:
+        def fitting_rows() -> int:
             fitting = int(_PASS_SHARE * self._free() / bytes_per_row(loaded, length))
             return max(1, min(MOST_ROWS[self.device.type], fitting))
 
-        return self.keep(("rows", length), make)
+        return self.cached(("rows", length), fitting_rows)
 
-    def keep(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` gives, made once for `key` and model. For small things: all are kept."""
+    def cached(self, key: Any, create: Callable[[], T]) -> T:
+        """Return `create()`, called once per `key` and model. Nothing is dropped, so the values must be small."""
         if key not in self._kept:
-            self._kept[key] = make()
+            self._kept[key] = create()
         return self._kept[key]
 
     def path(self, loaded: LoadedModel, key: Any, prompts: Sequence[Prompt], positions: str) -> Choice:
-        """The engine path for these prompts, checked on the shortest and the longest of them."""
+        """Return the engine path for these prompts, checked on the shortest and the longest of them."""
 
-        def make() -> Choice:
+        def checked() -> Choice:
             by_length = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
             chosen = dict.fromkeys([by_length[0], by_length[-1]])
             ids = [torch.tensor(prompt.input_ids, device=loaded.device) for prompt in chosen]
             return choose(loaded, ids, positions)
 
-        return self.keep(("path", key, positions), make)
+        return self.cached(("path", key, positions), checked)
 
     def clean_runs(
         self,
@@ -109,23 +110,26 @@ class Session:
         tokens: int,
         heads: bool = False,
     ) -> CleanRuns:
-        """The clean runs of a source, kept beside those of others as far as memory allows."""
-        place = (key, positions, path, tokens, heads)
-        found = self._runs.pop(place, None)
-        # Runs that did not fit hold a batch of theirs, which nothing counts: one source at a time.
+        """Return the clean runs of a source. Those of other sources stay in memory as long as they fit."""
+        cache_key = (key, positions, path, tokens, heads)
+        clean = self._runs.pop(cache_key, None)
+        # Runs that do not fit hold one batch, whose memory is not counted: keep them for one source at a time.
         self._runs = {other: runs for other, runs in self._runs.items() if runs.all_kept}
-        if found is None or not found.serves(prompts):
-            found = None  # its memory counts as free
+        if clean is None or not clean.serves(prompts):
+            clean = None  # its memory counts as free
             budget = int(_KEPT_SHARE * self._free())
-            found = CleanRuns(loaded, prompts, positions, path == "rows", tokens, budget, heads)
-            if found.all_kept:
-                while self._runs and self._runs_nbytes() + found.nbytes > budget:
-                    del self._runs[next(iter(self._runs))]  # the one used longest ago
-        self._runs[place] = found
-        return found
+            clean = CleanRuns(loaded, prompts, positions, path == "rows", tokens, budget, heads)
+            if clean.all_kept:
+                while self._runs and self._runs_nbytes() + clean.nbytes > budget:
+                    del self._runs[next(iter(self._runs))]  # the least recently used
+        self._runs[cache_key] = clean
+        return clean
 
     def noise(self, key: Any, size: int) -> dict[Any, Any] | None:
-        """Where noised activations of one source (`size` bytes) may be kept; another's take their place."""
+        """Return a dictionary for noised activations of one source (`size` bytes); None if they do not fit.
+
+        A session keeps those of one source: another key drops them.
+        """
         if self._noise is None or self._noise[0] != key:
             self._noise = None
             if size > _KEPT_SHARE * memory.free(self.device):
@@ -137,16 +141,15 @@ class Session:
         return sum(runs.nbytes for runs in self._runs.values() if runs.all_kept)
 
     def _free(self) -> int:
-        """Free memory, where clean runs, which can be dropped, count as free: passes must not depend on them."""
+        """Return the free bytes. Clean runs count as free, so that the size of a pass does not depend on them."""
         return memory.free(self.device) + self._runs_nbytes()
 
 
 def bytes_per_row(loaded: LoadedModel, length: int) -> int:
-    """Working memory of one token in a pass over prompts of `length` tokens: an estimate, on the safe side.
+    """Return an upper estimate of the bytes that one token takes in a pass over prompts of `length` tokens.
 
-    Counted are some eight vectors of the residual stream and four of the widest product of a layer in the model's
-    precision, four readout vectors in float32, and a float32 row of attention scores, twice. Nothing of the
-    vocabulary's size is ever held per row.
+    Counted: eight vectors of the residual stream and four of the widest product of a layer in the model's precision,
+    four readout vectors in float32, and two float32 rows of attention scores. No row has the vocabulary's size.
     """
     layer = loaded.layers[loaded.n_layers // 2]
     widest = max(max(p.shape[-2:]) for p in layer.parameters() if p.dim() >= 2)

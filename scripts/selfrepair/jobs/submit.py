@@ -42,7 +42,7 @@ def run(job: Job) -> None:
         return
     from selfrepair.jobs.worker import address, client
 
-    with leased(job, address.private_directory) as device:
+    with leased(job, address.private_directory()) as device:
         if job.runtime.get("worker"):
             client.request(job, device)
         else:

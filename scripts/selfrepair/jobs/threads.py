@@ -1,4 +1,4 @@
-"""As many threads as there are usable processors, whatever the job that starts a process was given."""
+"""Set the number of threads of numerical libraries to the number of usable processors."""
 
 import os
 from collections.abc import MutableMapping
@@ -7,7 +7,7 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUM
 
 
 def usable_cpus() -> int:
-    """The processors this process may use, which batch systems and containers limit."""
+    """Return the number of processors that this process may use. Batch systems and containers limit it."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS
@@ -15,9 +15,9 @@ def usable_cpus() -> int:
 
 
 def use_every_cpu(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set the thread counts that numerical libraries read when they are first imported.
+    """Set the environment variables that numerical libraries read when they are imported.
 
-    Snakemake exports them as the threads of one job; a job that waits for a worker has one. In the worker and
-    in a job's own process they are the same, or the two would round differently.
+    Snakemake sets them to the threads of the job, which is one for a job that waits for a worker. A worker and a
+    job's own process must use the same number, because sums in another order round differently.
     """
     environment.update(dict.fromkeys(_VARIABLES, str(usable_cpus())))

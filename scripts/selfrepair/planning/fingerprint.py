@@ -31,7 +31,9 @@ def stage_digest(stage: str, scripts: Path = PACKAGE.parent) -> str:
     """Return the SHA-256 over the logic of a stage: of its module, of everything it imports, and of its script."""
     script = scripts / f"{stage}.py"
     logic = _parsed(script, script.stat().st_mtime_ns).logic
-    return hashlib.sha256(f"{code_digest([stage_module(stage)])} {logic}".encode()).hexdigest()
+    return hashlib.sha256(
+        f"{code_digest([stage_module(stage)], scripts / PACKAGE.name)} {logic}".encode()
+    ).hexdigest()
 
 
 def import_closure(module: str, package: Path = PACKAGE) -> frozenset[str]:

@@ -65,7 +65,7 @@ def run(job: Job, session: Session) -> None:
             "tolerance": choice.tolerance,
             "rejected": choice.rejected,
         },
-        **provenance.of(loaded),
+        **provenance.facts_of(loaded),
     }
     answers = {row.id: row.answer for row in source}
     order = {row.id: place for place, row in enumerate(source)}

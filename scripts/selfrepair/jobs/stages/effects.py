@@ -81,7 +81,7 @@ def run(job: Job, session: Session) -> None:
             "rows": rows,
         },
         "seed": params["seed"],
-        **provenance.of(loaded),
+        **provenance.facts_of(loaded),
     }
     tables.write(job.output["cell"], columns, EFFECTS, metadata)
     log.info("%d rows, %.3f s in the engine (path %s)", len(order), seconds, choice.path)

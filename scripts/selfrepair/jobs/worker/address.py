@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfrepair.errors import InputError
-from selfrepair.jobs.devices import Device
+from selfrepair.jobs.devices import Device, try_lock
 
 _ADDRESS_BYTES = 100  # the address of a Unix socket holds 104 on macOS, 108 on Linux
 _NAME_BYTES = len("/123456789012-123456789012.12345678")  # of the longest file name here
@@ -26,7 +26,7 @@ class Address(NamedTuple):
     socket: Path
     lock: Path  # held while a worker is started
     log: Path  # output of the process outside of jobs
-    place: str  # digest of machine, directory and device
+    prefix: str  # digest of machine, directory and device
 
 
 def address(runtime: dict[str, Any], device: Device) -> Address:
@@ -34,11 +34,11 @@ def address(runtime: dict[str, Any], device: Device) -> Address:
 
     A SLURM batch job has workers of its own, because SLURM ends them with the batch job.
     """
-    place = _short(os.uname().nodename, os.getcwd(), *device, os.environ.get("SLURM_JOB_ID"))
-    stem = f"{place}-{_short(runtime['model'], runtime['package'], sys.executable)}"
+    prefix = _short(os.uname().nodename, os.getcwd(), *device, os.environ.get("SLURM_JOB_ID"))
+    stem = f"{prefix}-{_short(runtime['model'], runtime['package'], sys.executable)}"
     directory = private_directory()
-    lock = directory / f"start-{place[0]}.lock"  # sixteen locks for all workers, so that they do not pile up
-    return Address(directory / f"{stem}.sock", lock, directory / f"{stem}.log", place)
+    lock = directory / f"start-{prefix[0]}.lock"  # sixteen locks for all workers, so that they do not pile up
+    return Address(directory / f"{stem}.sock", lock, directory / f"{stem}.log", prefix)
 
 
 def _short(*parts: str | None) -> str:
@@ -57,13 +57,17 @@ def connect(path: Path) -> socket.socket | None:
 
 
 def remove_stale_files(directory: Path) -> None:
-    """Remove the sockets and logs of workers that were killed more than an hour ago."""
+    """Remove the sockets and logs of workers that were killed, and free leases, if they are older than an hour."""
     for path in directory.iterdir():
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime < _STALE_SECONDS or path.name.startswith("start-"):
                 continue
-            connection = connect(path.with_suffix(".sock"))
-            if connection is None:
+            if path.suffix == ".lease":
+                lock = try_lock(path)
+                if lock is not None:
+                    path.unlink()
+                    lock.close()
+            elif (connection := connect(path.with_suffix(".sock"))) is None:
                 path.unlink()
             else:
                 connection.close()
@@ -92,7 +96,7 @@ def private_directory() -> Path:
         except OSError as error:
             refused.append(f"{path} ({error.strerror})")
     raise InputError(
-        f"no private directory for the worker's socket: {', '.join(refused)}",
-        where="runtime.worker",
-        remedy="set TMPDIR to a short path of a local disk that you can write to, or set `worker: off`.",
+        f"no private directory for locks and sockets: {', '.join(refused)}",
+        where="TMPDIR",
+        remedy="set TMPDIR to a short path of a local disk that you can write to.",
     )

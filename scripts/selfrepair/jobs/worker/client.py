@@ -125,7 +125,7 @@ def _start(where: Address, runtime: dict[str, Any], device: Device) -> socket.so
 
 def _dismiss_others(where: Address) -> None:
     """Ask idle workers of other models on this device to end: its memory holds one model at a time."""
-    for path in where.socket.parent.glob(f"{where.place}-*.sock"):
+    for path in where.socket.parent.glob(f"{where.prefix}-*.sock"):
         if path != where.socket and (connection := connect(path)):
             with connection:
                 connection.sendall(b'{"dismiss": true}\n')
