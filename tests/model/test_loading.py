@@ -22,6 +22,8 @@ from selfrepair.models.loading import load
 from selfrepair.models.weights import ModelSpec, local_snapshot, weights_digest
 from selfrepair.planning import digests
 from selfrepair.planning.config import Model
+from selfrepair.prompts.tokenizers import load_tokenizer
+from selfrepair.storage.contents import file_sha256
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 CPU = torch.device("cpu")
@@ -144,7 +146,7 @@ def hub(saved, tmp_path, monkeypatch) -> Path:
     (home / "refs" / "main").write_text(commit)
     tiny_tokenizers.words(tmp_path / "tokenizer", bos=True)
     for file in [*saved.iterdir(), *(tmp_path / "tokenizer").iterdir()]:
-        name = digests._hash(file) if file.suffix == ".safetensors" else f"etag-{file.name}"
+        name = file_sha256(file) if file.suffix == ".safetensors" else f"etag-{file.name}"
         shutil.copy(file, home / "blobs" / name)
         os.symlink(f"../../blobs/{name}", snapshot / file.name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
@@ -319,6 +321,13 @@ def test_code_that_comes_with_a_model_is_never_run(directory, tmp_path):
     assert type(load(spec(reconfigure(directory, auto_map=remote)), CPU).model).__name__ == "LlamaForCausalLM"
     reconfigure(directory, model_type="nosuch", auto_map=remote)
     has(refused(directory), "needs code that comes with the model")
+    with pytest.raises(InputError, match="tokenizer"):
+        load_tokenizer(directory)
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}})
+    )
+    with pytest.raises(InputError, match="tokenizer needs code that comes with the model"):
+        load_tokenizer(directory)
     assert not ran.exists()
 
 

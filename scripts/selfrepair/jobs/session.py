@@ -16,6 +16,7 @@ from selfrepair.models.device import pick_device
 from selfrepair.models.loading import LoadedModel, load
 from selfrepair.models.weights import ModelSpec, local_snapshot
 from selfrepair.prompts.prompt import Prompt
+from selfrepair.prompts.tokenizers import load_tokenizer
 
 T = TypeVar("T")
 
@@ -65,9 +66,7 @@ class Session:
             tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats),
         )
         if key not in self._tokenizers:
-            from transformers import AutoTokenizer
-
-            self._tokenizers[key] = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            self._tokenizers[key] = load_tokenizer(directory)
         return self._tokenizers[key]
 
     def rows(self, loaded: LoadedModel, prompts: Sequence[Prompt], runtime: dict[str, Any]) -> int:

@@ -1,9 +1,9 @@
 """Attention of many one-token rows to the clean prefixes of their prompts.
 
-Causal masking keeps the clean keys and values of all earlier positions valid when only the last token is
-ablated. So the clean pass records them once, and every ablated variant of a last token is one row that
-attends to its prompt's prefix and to itself only. Both steps are attention functions registered with
-transformers; a model whose attention does not go through that interface takes another path.
+If only the last token is ablated, causal masking leaves the keys and values of all earlier positions as in the clean
+run. The clean pass therefore records them once, and every ablated variant of the last token is one row that attends to
+the prefix of its prompt and to itself. Both steps are attention functions registered with transformers. A model whose
+attention does not use that interface takes another path.
 """
 
 import contextlib
@@ -48,16 +48,13 @@ _state = _State()
 
 
 def supported(model: PreTrainedModel) -> bool:
-    """Whether the model's attention can be exchanged through transformers' interface."""
+    """Return whether the model's attention function can be replaced through transformers' interface."""
     return bool(getattr(type(model), "_supports_attention_backend", False))
 
 
 @contextlib.contextmanager
 def recording(model: PreTrainedModel) -> Iterator[KeysValues]:
-    """Within the block, every attention call leaves its keys and values, as attention sees them, in the mapping.
-
-    Those of all positions but the last.
-    """
+    """Within the block, store the keys and values of every attention call, of all positions except the last."""
     recorded: KeysValues = {}
     with _implementation(model, _RECORD) as original:
         ALL_MASK_ATTENTION_FUNCTIONS.register(_RECORD, ALL_MASK_ATTENTION_FUNCTIONS[original])
@@ -87,7 +84,7 @@ def watching(
 
 @contextlib.contextmanager
 def rows_attending(model: PreTrainedModel, blocks: list[Block]) -> Iterator[None]:
-    """Within the block, a pass over (1, rows, d_model) lets row r attend to its prompt's prefix and itself."""
+    """Within the block, row r of a pass over (1, rows, d_model) attends to its prompt's prefix and to itself."""
     with _implementation(model, _ROWS):
         _state.blocks = blocks
         try:
@@ -118,8 +115,8 @@ def _main(model: PreTrainedModel, attending: list[Any], previous: list[str]) -> 
 def _record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
 ) -> Any:
-    # The last position is each row's own. Laid out as the rows' products read them, or every pass would copy them:
-    # heads come as views of (prompt, position, head, dim), and keys are wanted transposed.
+    # Each row has its own last position. The layout is the one that the products of the rows read: heads arrive as
+    # views of (prompt, position, head, dim), and transposed keys would otherwise be copied in every pass.
     keys = key[:, :, :-1].transpose(-1, -2).contiguous().transpose(-1, -2)
     _state.recorded[module] = (keys, value[:, :, :-1].contiguous())
     return _original(module)(module, query, key, value, attention_mask, **kwargs)

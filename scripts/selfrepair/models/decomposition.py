@@ -32,8 +32,9 @@ def find_contributions(
 
     A pair must add up to the layer's change in the recorded pass, and replacing both outputs by noise must replace
     that change by the noise. The second condition also holds for a contribution that is zero, and it distinguishes the
-    output of a block from that of the post-norm after it. Raises NoDecompositionError, with the nearest pair, if no
-    pair fits.
+    output of a block from that of the post-norm after it.
+
+    Raises NoDecompositionError, with the nearest pair, if no pair fits.
     """
     name = type(model).__name__
     remaining = [_fitting(layer, error, f"{name}, layer {n}") for n, layer in enumerate(trace.layers)]

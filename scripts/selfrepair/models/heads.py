@@ -50,8 +50,8 @@ def find_heads(
     model: PreTrainedModel, layers: Sequence[nn.Module], adapters: Sequence[LayerAdapter], streams: Streams
 ) -> list[LayerAdapter]:
     """Return the layer adapters with `heads`, or with the reason in `no_heads`."""
-    found = _projections(model, layers, adapters, streams)
-    splits = _count_heads(model, layers, found, streams)
+    candidates = _projections(model, layers, adapters, streams)
+    splits = _count_heads(model, layers, candidates, streams)
     splits = _verified(model, layers, adapters, splits, streams)
     return [
         replace(adapter, no_heads=split)
@@ -68,7 +68,7 @@ def _projections(
     model: PreTrainedModel, layers: Sequence[nn.Module], adapters: Sequence[LayerAdapter], streams: Streams
 ) -> list[_Candidate | str]:
     """Return the projection of every layer, or why there is none, from one recorded pass."""
-    found: dict[int, _Candidate | str] = {}
+    candidates: dict[int, _Candidate | str] = {}
     calls: list[_Call] = []  # of the layer that is running
     attended: list[Tensor] = []
     size = streams.ids.numel()
@@ -90,7 +90,7 @@ def _projections(
 
     def finished(number: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            found[number] = _trace_back(calls, outputs.get(number), list(attended))
+            candidates[number] = _trace_back(calls, outputs.get(number), list(attended))
 
         return hook
 
@@ -116,7 +116,7 @@ def _projections(
     finally:
         for handle in handles:
             handle.remove()
-    return [found.get(number, "the layer was not called") for number in range(len(layers))]
+    return [candidates.get(number, "the layer was not called") for number in range(len(layers))]
 
 
 def _pass(
@@ -177,10 +177,13 @@ def _tail(calls: Sequence[_Call], first: _Call, contribution: Tensor) -> tuple[s
 
 
 def _count_heads(
-    model: PreTrainedModel, layers: Sequence[nn.Module], found: Sequence[_Candidate | str], streams: Streams
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    candidates: Sequence[_Candidate | str],
+    streams: Streams,
 ) -> list[HeadSplit | str]:
     splits: list[HeadSplit | str] = []
-    for candidate in found:
+    for candidate in candidates:
         if isinstance(candidate, str):
             splits.append(candidate)
         elif len(candidate.attended) == 1 and candidate.attended[0].ndim == 4:
@@ -194,8 +197,8 @@ def _count_heads(
                 splits.append(_split(candidate, configured))
             else:
                 splits.append("its configuration does not state one number of attention heads")
-    splits = _confined(model, layers, found, splits, streams)
-    return _weighed(model, layers, found, splits, streams)
+    splits = _confined(model, layers, candidates, splits, streams)
+    return _weighed(model, layers, candidates, splits, streams)
 
 
 def _split(candidate: _Candidate, heads: int) -> HeadSplit | str:
@@ -208,7 +211,7 @@ def _split(candidate: _Candidate, heads: int) -> HeadSplit | str:
 def _confined(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
-    found: Sequence[_Candidate | str],
+    candidates: Sequence[_Candidate | str],
     splits: list[HeadSplit | str],
     streams: Streams,
 ) -> list[HeadSplit | str]:
@@ -217,7 +220,7 @@ def _confined(
     Layers whose x is the attention output itself need no test. The others may have a gate or a norm between the two.
     """
     open_layers: dict[int, tuple[_Candidate, HeadSplit]] = {}
-    for number, (candidate, split) in enumerate(zip(found, splits, strict=True)):
+    for number, (candidate, split) in enumerate(zip(candidates, splits, strict=True)):
         if isinstance(candidate, _Candidate) and isinstance(split, HeadSplit) and candidate.attended:
             out = candidate.attended[0].reshape(candidate.x.shape[0], -1)
             if out.shape != candidate.x.shape or not torch.equal(out, candidate.x):
@@ -269,14 +272,14 @@ def _storing(read: dict[int, Tensor], number: int) -> Callable[[Tensor], None]:
 def _weighed(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
-    found: Sequence[_Candidate | str],
+    candidates: Sequence[_Candidate | str],
     splits: list[HeadSplit | str],
     streams: Streams,
 ) -> list[HeadSplit | str]:
     """Refuse layers without a visible attention function whose entries do not share weights by heads."""
     open_layers = {
         number: (candidate, split)
-        for number, (candidate, split) in enumerate(zip(found, splits, strict=True))
+        for number, (candidate, split) in enumerate(zip(candidates, splits, strict=True))
         if isinstance(candidate, _Candidate) and isinstance(split, HeadSplit) and not candidate.attended
     }
     if not open_layers or streams.ids.shape[1] < 2:

@@ -1,4 +1,4 @@
-"""Reading and replacing what modules pass on, undone on leaving the block."""
+"""Read and replace inputs and outputs of modules within a block."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,28 +9,28 @@ from torch import Tensor, nn
 
 
 class StopForward(Exception):  # control flow, not an error
-    """Raised by a hook to end a forward pass whose rest is not needed."""
+    """A hook raises this to end a forward pass early."""
 
 
 def first(output: Any) -> Tensor:
-    """The hidden state in a module's output, whether it comes alone or heads a tuple."""
+    """Return the hidden state of a module's output, which is a tensor or a tuple that begins with it."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def with_first(output: Any, replacement: Tensor) -> Any:
-    """`output` with its hidden state replaced, in the same packing."""
+    """Return `output` with its hidden state replaced, as a tensor or tuple like before."""
     return (replacement, *output[1:]) if isinstance(output, tuple | list) else replacement
 
 
 def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state among the arguments a layer was called with."""
+    """Return the hidden state among the arguments of a layer."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def with_hidden_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with another hidden state."""
+    """Return the arguments with another hidden state."""
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}
@@ -38,7 +38,7 @@ def with_hidden_argument(
 
 @contextlib.contextmanager
 def on_output(pairs: Sequence[tuple[nn.Module, Callable[[Any], Any]]]) -> Iterator[None]:
-    """Call `function(output)` after each module; what it returns, unless None, replaces the output."""
+    """Call `function(output)` after each module. Its result replaces the output, unless it is None."""
     handles = [
         module.register_forward_hook(lambda _m, _a, output, function=function: function(output))
         for module, function in pairs
@@ -52,7 +52,7 @@ def on_output(pairs: Sequence[tuple[nn.Module, Callable[[Any], Any]]]) -> Iterat
 
 @contextlib.contextmanager
 def on_input(pairs: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None]]]) -> Iterator[None]:
-    """Call `function(hidden)` before each module; what it returns, unless None, replaces the hidden state."""
+    """Call `function(hidden)` before each module. Its result replaces the hidden state, unless it is None."""
 
     def hook(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -88,6 +88,6 @@ def forward_replaced(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> I
 
 
 def run_until_stopped(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """A forward pass that a hook may end early."""
+    """Run a forward pass that a hook may end early with StopForward."""
     with torch.no_grad(), contextlib.suppress(StopForward):
         model(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""How much memory there is to use, and what to do when there was less."""
+"""Free memory of a device, and the message when it does not suffice."""
 
 import os
 from pathlib import Path
@@ -13,9 +13,9 @@ _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def free(device: torch.device) -> int:
-    """Bytes that this process may still take on `device`, roughly.
+    """Return the number of bytes that this process can still allocate on `device`, approximately.
 
-    On the CPU a container's or a batch job's limit counts as well as the machine's own memory.
+    On the CPU this includes the limits of the control groups of a container or a batch job.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -34,7 +34,7 @@ def _available() -> int:
 
 
 def _below_limits() -> list[int]:
-    """What is left under the limit of each control group that this process is in (version 2 and 1)."""
+    """Return the bytes left under the limit of each control group of this process (versions 1 and 2)."""
     try:
         lines = _CGROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -50,7 +50,7 @@ def _below_limits() -> list[int]:
         else:
             continue
         group = root / path.lstrip("/")
-        # A container may be shown the path that the group has outside: its own is then the root.
+        # A container may see the path that its group has outside. Its own group is then the root.
         for directory in dict.fromkeys([group, *group.parents, root]):
             if directory.is_relative_to(root) and (free := _left(directory, *names)) is not None:
                 left.append(free)
@@ -66,18 +66,18 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> int | None:
         )
     except (OSError, ValueError):
         return None
-    # Pages of files, those of mapped weights too, are dropped when memory is short.
+    # The system drops pages of files, including mapped weights, when memory is short.
     return None if most == "max" else max(0, int(most) - used + int(counts.get(cache, 0)))
 
 
 def release() -> None:
-    """Give back what a failed attempt left behind."""
+    """Release the cached memory of a failed attempt."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def too_little(device: torch.device, tokens: int) -> InputError:
-    """The message where not even one prompt fits."""
+    """Return the error for a device on which not even one prompt fits."""
     return InputError(
         f"out of memory with a single prompt of {tokens} tokens",
         where=f"device {device}",

@@ -1,6 +1,6 @@
-"""The final norm, taken apart: y = gain * z_c / sigma(z) + bias  (Eq. 8 of McGrath et al. 2023, and LayerNorm).
+"""The final norm as y = gain * z_c / sigma(z) + bias (Eq. 8 of McGrath et al. 2023, and LayerNorm).
 
-Which kind a module is, is found by how it behaves, not by what it is called.
+The kind of a module is determined by its behaviour, not by its name.
 """
 
 import copy
@@ -11,28 +11,28 @@ from torch import Tensor, nn
 
 
 class NotANormError(ValueError):
-    """The module is no RMS or layer norm."""
+    """The module is neither an RMS norm nor a layer norm."""
 
 
 @dataclass(frozen=True)
 class FinalNorm:
     """The last norm before the unembedding."""
 
-    gain: Tensor  # (d_model,) float32 or float64; 1 + w where the architecture stores w
-    bias: Tensor  # (d_model,) zeros where there is none
+    gain: Tensor  # (d_model,) float32 or float64; 1 + w if the architecture stores w
+    bias: Tensor  # (d_model,) zeros if there is none
     eps: float
-    centred: bool  # LayerNorm: the mean over d_model is taken off first
+    centred: bool  # LayerNorm: the mean over d_model is subtracted first
     scaled: bool = True  # False: the model has no final norm, sigma is 1
 
     @property
     def kind(self) -> str:
-        """Name of the norm for tables and reports."""
+        """Return the name of the norm for tables and reports."""
         if not self.scaled:
             return "none"
         return "layer norm" if self.centred else "RMS norm"
 
     def sigma(self, z: Tensor) -> Tensor:  # (..., d_model) -> (...)
-        """The norm's scale, Eq. 8: sqrt(mean z^2 + eps), of the centred z for LayerNorm."""
+        """Return the norm's scale, Eq. 8: sqrt(mean z^2 + eps), of the centred z for LayerNorm."""
         if not self.scaled:
             return torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
         if self.centred:
@@ -40,28 +40,28 @@ class FinalNorm:
         return (z.square().mean(-1) + self.eps).sqrt()
 
     def __call__(self, z: Tensor) -> Tensor:  # (..., d_model) -> (..., d_model)
-        """The norm's output."""
+        """Return the norm's output."""
         centred = z - z.mean(-1, keepdim=True) if self.centred else z
         return centred / self.sigma(z)[..., None] * self.gain + self.bias
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "FinalNorm":
-        """The same norm on another device, in another precision."""
+        """Return the norm on another device, in another precision."""
         return FinalNorm(
             self.gain.to(device, dtype), self.bias.to(device, dtype), self.eps, self.centred, self.scaled
         )
 
 
 def no_norm(d_model: int) -> FinalNorm:
-    """For models whose head reads the residual stream as it is."""
+    """Return the identity, for models whose head reads the residual stream itself."""
     return FinalNorm(torch.ones(d_model), torch.zeros(d_model), 0.0, centred=False, scaled=False)
 
 
 @torch.no_grad()
 def probe(module: nn.Module, d_model: int) -> FinalNorm:
-    """Find gain, bias, eps and centring of a norm module from a few inputs.
+    """Return gain, bias, eps and centring of a norm module, from its outputs for a few inputs.
 
-    Works on a float64 copy (many norms compute in float32 inside, which leaves the gain exact to 1e-7).
-    Raises NotANormError if no gain, bias and eps explain what the module does.
+    The module is probed as a float64 copy. Many norms compute in float32 inside, so the gain is exact to 1e-7.
+    Raises NotANormError if no gain, bias and eps explain the outputs.
     """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     twin = copy.deepcopy(module).to(torch.float64)
@@ -72,10 +72,10 @@ def probe(module: nn.Module, d_model: int) -> FinalNorm:
     signs = signs[torch.randperm(d_model, generator=generator)].to(device)
 
     def outcome(x: Tensor) -> Tensor:
-        # Some norms insist on a batch and a sequence axis.
+        # Some norms require a batch and a sequence axis.
         return twin(x[None, None].clone())[0, 0].double()
 
-    # Large inputs make eps negligible, the sum of opposite inputs leaves twice the bias.
+    # Large inputs make eps negligible. The outputs of opposite inputs sum to twice the bias.
     large = 1e3 * signs
     bias = (outcome(large) + outcome(-large)) / 2
     gain = (outcome(large) - outcome(-large)) / 2 * signs

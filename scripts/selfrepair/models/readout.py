@@ -1,7 +1,7 @@
-"""From the residual stream to the centred logit of one token, without a vocabulary-sized product.
+"""Read the centred logit of one token from the residual stream, without a vocabulary-sized product.
 
 The centred logit (Eq. 9 of McGrath et al. 2023) of token i is linear in the normalised residual stream:
-    y(z) = z . w / sigma(z) + constant,    w = scale * (W_U[i] - mean_j W_U[j]) * gain   (off the ones, for LayerNorm)
+    y(z) = z . w / sigma(z) + constant,    w = scale * (W_U[i] - mean_j W_U[j]) * gain   (LayerNorm: minus its mean)
 With sigma frozen at its clean value, the direct effect of any vector x is x . w / sigma (Eq. 7, 10).
 """
 
@@ -19,13 +19,13 @@ _VOCABULARY_CHUNK = 16384  # rows of the unembedding brought to readout precisio
 
 
 def readout_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision of readouts: float64 for a float64 model, float32 for every other model."""
+    """Return the precision of readouts: float64 for float64 models, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Direction:
-    """How a batch of prompts reads its target tokens. All in readout precision."""
+    """The readout of a batch of prompts' target tokens. All tensors are in readout precision."""
 
     target: Tensor  # (prompt,) int64 token ids
     w: Tensor  # (prompt, d_model)
@@ -33,7 +33,7 @@ class Direction:
     sigma: Tensor  # (prompt,) the clean run's norm scale
 
     def effect(self, x: Tensor) -> Tensor:  # (prompt, ..., d_model) -> (prompt, ...)
-        """u(x): the direct effect of vectors added to the residual stream, in logits (Eq. 10, 27)."""
+        """Return u(x), the direct effect of vectors added to the residual stream, in logits (Eq. 10, 27)."""
         inner = (None,) * (x.dim() - 2)
         w = self.w[(slice(None), *inner)]
         return torch.linalg.vecdot(x.to(w.dtype), w) / self.sigma[(slice(None), *inner)]
@@ -53,7 +53,7 @@ class Readout:
         self.softcap = adapter.softcap
         bias = getattr(head, "bias", None)
         self._bias = None if bias is None else bias.detach().to(self.dtype)  # (vocabulary,)
-        # Summed in float64: a float32 sum over 10^5 rows would cost digits that every effect then lacks.
+        # Summed in float64, because a float32 sum over 10^5 rows would lose digits of every effect.
         total = torch.zeros(adapter.d_model, dtype=torch.float64, device=head.weight.device)
         for rows in head.weight.detach().split(_VOCABULARY_CHUNK):
             total += rows.sum(0, dtype=torch.float64)
@@ -61,19 +61,19 @@ class Readout:
 
     @torch.no_grad()
     def logits(self, z: Tensor) -> Tensor:  # (prompt, d_model) -> (prompt, vocabulary)
-        """Return all logits before soft-cap, in readout precision."""
+        """Return all logits before the soft-cap, in readout precision."""
         y = self.norm(z.to(self.dtype))
         parts = [y @ rows.to(self.dtype).T for rows in self._weight.detach().split(_VOCABULARY_CHUNK)]
         logits = torch.cat(parts, -1) * self._weight_scale
         return logits if self._bias is None else logits + self._bias * self._bias_scale
 
     def capped(self, logits: Tensor) -> Tensor:  # (..., vocabulary) -> same
-        """Logits as the model returns them: with its soft-cap, where it has one."""
+        """Return logits as the model does: with its soft-cap, if it has one."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.no_grad()
     def direction(self, target: Tensor, z: Tensor) -> Direction:
-        """The readout of `target` (prompt,) at the clean final residual stream `z` (prompt, d_model)."""
+        """Return the readout of `target` (prompt,) at the clean final residual stream `z` (prompt, d_model)."""
         z = z.to(self.dtype)
         unembedding = (self._weight.detach()[target].to(self.dtype) - self._mean) * self._weight_scale
         constant = unembedding @ self.norm.bias
