@@ -86,6 +86,15 @@ def test_only_files_from_the_future_are_dated_anew(tmp_path: Path) -> None:
     assert (tmp_path / "past").stat().st_mtime == pytest.approx(now - 9999)
 
 
+def test_copies_of_scripts_that_killed_jobs_left_are_removed_after_a_day(tmp_path: Path) -> None:
+    for name, hours in (("tmpa.effects.py", 25), ("tmpb.effects.py", 1), ("kept.py", 25)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
+    startup.remove_old_script_copies(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.py", "tmpb.effects.py"]
+    startup.remove_old_script_copies(tmp_path / "missing")
+
+
 def test_a_process_ends_with_the_run_it_works_for(tmp_path: Path) -> None:
     """Its parent, here, as no ancestor is a Snakemake; killed, it cannot tell its child."""
     parent = subprocess.Popen(

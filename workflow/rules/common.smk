@@ -85,6 +85,7 @@ onstart:
         sys.exit(check.message(errors))
     if text := undeclared.warning(PLAN, startup.clean_command(workflow.overwrite_configfiles)):
         print(text, file=sys.stderr)
+    startup.remove_old_script_copies()
     for name in startup.fix_future_timestamps(PLAN.intermediates()):
         print(f"Warning: {name} was dated in the future; its date is now the present.", file=sys.stderr)
 

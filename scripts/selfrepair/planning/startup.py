@@ -15,6 +15,7 @@ from selfrepair.errors import InputError
 from selfrepair.planning.config_loading import load_config
 from selfrepair.planning.plan import Plan
 
+_DAY_SECONDS = 86400.0
 _TOLERANCE_SECONDS = 2.0  # file systems round timestamps
 
 
@@ -63,6 +64,17 @@ def fix_future_timestamps(files: Iterable[str | os.PathLike[str]]) -> list[str]:
                 os.utime(path)
                 fixed.append(str(path))
     return fixed
+
+
+def remove_old_script_copies(directory: Path = Path(".snakemake/scripts")) -> None:
+    """Remove the copies of stage scripts that killed jobs left behind more than a day ago.
+
+    Snakemake writes a copy of the script for every job and removes it after the job. Python reads it when the job starts.
+    """
+    for path in directory.glob("tmp*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _DAY_SECONDS:
+                path.unlink()
 
 
 def disable_submission_timers(workflow: Any) -> None:
