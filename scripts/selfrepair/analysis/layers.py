@@ -153,7 +153,7 @@ def _named(name: str, values: tuple[float, float, float]) -> dict[str, float]:
     return dict(zip(with_interval(name), values, strict=True))
 
 
-def stored_mean_errors(row: Contribution) -> float:
+def stored_mean_error(row: Contribution) -> float:
     """Return the standard error of mean D that `mean` has because the stored mean is an average of S prompts.
 
     `row` is the contribution ablated with `replace` from the same source. D is linear in the replacement, so its mean

@@ -64,7 +64,7 @@ def run(job: Job, session: object) -> None:
             if row.keys["head"] is None:
                 source.totals.add(row)
             if cell.ablation == f"replace-{cell.source}":
-                stored_mean_errors[floor_key(row.keys)] = layers.stored_mean_errors(row)
+                stored_mean_errors[floor_key(row.keys)] = layers.stored_mean_error(row)
 
     for source in sources.values():
         source.check_complete()
