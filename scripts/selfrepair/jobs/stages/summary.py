@@ -135,7 +135,7 @@ class _Source:
         self.bootstrap = self.subsets["all"][1]
         self.totals = AblationTotals()
         self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path
-        self.ablated: tuple[tuple[str, int | None], ...] | None = None
+        self.ablated: dict[int, tuple[tuple[str, int | None], ...]] = {}  # layer -> components and heads
 
     def _subsets(self, seed: int) -> dict[str, tuple[NDArray[np.intp], Bootstrap]]:
         positions = {"all": np.arange(len(self.prompts))}
@@ -165,9 +165,9 @@ class _Source:
             )
         if not _same(cell.correct, self.correct):
             raise _foreign(cell.path, f"its `correct` is not that of {self.path}")
-        self.ablated = self.ablated or cell.ablated
-        if cell.ablated != self.ablated:
-            raise _foreign(cell.path, f"has components {cell.ablated}, other cells {self.ablated}")
+        expected = self.ablated.setdefault(cell.layer, cell.ablated)
+        if cell.ablated != expected:
+            raise _foreign(cell.path, f"has components {cell.ablated}, other cells of the layer {expected}")
 
     def check_complete(self) -> None:
         """Raise InputError unless every ablation has the same layers and the control is among them."""
