@@ -50,7 +50,8 @@ def test_a_failed_job_names_output_reason_log_and_remedy(tmp_path: Path) -> None
         "  ValueError: no",
         "  Log: b.log",
         "Failed: tokens c.parquet",
-        "  The log is empty: the job was killed (out of memory, a time limit), or its script failed (see the messages before).",
+        "  The log is empty: the job was killed (out of memory, a time limit), or its script failed (see the messages "
+        "before).",
         "  Log: c.log",
         "Fix the cause and run the same command again: finished work is kept.",
     ]

@@ -91,7 +91,8 @@ def _message(log: str) -> tuple[str, str]:
     if lines:
         return lines[-1], ""
     return (
-        "The log is empty: the job was killed (out of memory, a time limit), or its script failed (see the messages before).",
+        "The log is empty: the job was killed (out of memory, a time limit), or its script failed (see the messages "
+        "before).",
         "",
     )
 

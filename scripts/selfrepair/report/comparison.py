@@ -133,11 +133,11 @@ def contrasts(verdicts: pl.DataFrame) -> list[str]:
             (pl.col("source") == source) & (pl.col("ablation") == ablation) & (pl.col("class") == "repaired")
         )
         keys = ["layer", "component"]
-        found = [
+        twins = [
             rows.filter(here & pl.col("component").is_in(list(theme.COMPONENT))) for rows in (one, other)
         ]
-        only = [found[0].join(found[1], on=keys, how="anti"), found[1].join(found[0], on=keys, how="anti")]
-        both = found[0].join(found[1], on=keys, how="semi")
+        only = [twins[0].join(twins[1], on=keys, how="anti"), twins[1].join(twins[0], on=keys, how="anti")]
+        both = twins[0].join(twins[1], on=keys, how="semi")
         for rows, name, without in zip(only, names, reversed(names), strict=True):
             if rows.height:
                 sentences.append(

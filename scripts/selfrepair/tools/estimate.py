@@ -41,11 +41,11 @@ def prompt_length(dataset: Dataset, experiment: Experiment) -> float:
 
 def estimates(config: Config) -> list[Costs]:
     """The costs of every experiment on each of its models."""
-    found = []
+    models = []
     for experiment in config.experiments.values():
         lengths = {name: prompt_length(config.datasets[name], experiment) for name in experiment.datasets}
-        found += [costs(experiment, config.models[name], lengths) for name in experiment.models]
-    return found
+        models += [costs(experiment, config.models[name], lengths) for name in experiment.models]
+    return models
 
 
 def disk_bytes(cost: Costs) -> float:
@@ -62,17 +62,17 @@ def speed(model: Model, positions: str, length: int, device: str) -> float:
 
     from selfrepair.models.device import pick_device
 
-    place = pick_device(device)
+    chosen = pick_device(device)
     with torch.no_grad():
         try:
-            return _engine_speed(model, positions, length, place)
-        except Exception as reason:  # whatever an architecture does not like about being cut short
+            return _engine_speed(model, positions, length, chosen)
+        except Exception as reason:  # an architecture may fail in any way when it is cut short
             print(f"  (calibrated with a matrix product: {type(reason).__name__})", file=sys.stderr)
             size = size_of(model)
             dtype = getattr(torch, model.dtype)
-            rows = torch.randn(1024, size.width).to(place, dtype)
-            weight = torch.randn(size.width, 4 * size.width).to(place, dtype)
-            return 0.5 * _rate(lambda: rows @ weight, 2.0 * rows.numel() * weight.shape[1], place)
+            rows = torch.randn(1024, size.width).to(chosen, dtype)
+            weight = torch.randn(size.width, 4 * size.width).to(chosen, dtype)
+            return 0.5 * _rate(lambda: rows @ weight, 2.0 * rows.numel() * weight.shape[1], chosen)
 
 
 def _engine_speed(model: Model, positions: str, length: int, device: Any) -> float:
@@ -135,10 +135,10 @@ def _rate(work: Any, operations: float, device: Any) -> float:
 
 def report(config: Config, device: str | None, calibrate: bool) -> list[str]:
     """Print the estimate; return the warnings."""
-    found = estimates(config)
+    models = estimates(config)
     rates: dict[tuple[str, str], float] = {}
     seconds = 0.0
-    for cost in found:
+    for cost in models:
         experiment, model = config.experiments[cost.experiment], config.models[cost.model]
         size = size_of(model)
         print(f"{cost.experiment} / {cost.model}: {cost.cells} cells, {cost.rows:,} rows of effects")
@@ -165,27 +165,27 @@ def report(config: Config, device: str | None, calibrate: bool) -> list[str]:
         print(f"  disk            {_bytes(sum(cost.disk.values()))}: {parts}")
         most = _bytes(cost.memory + cost.kept)
         print(f"  memory          {_bytes(cost.memory)} on the device at least; {most} keeps every clean run")
-    disk = _bytes(sum(sum(cost.disk.values()) for cost in found))
+    disk = _bytes(sum(sum(cost.disk.values()) for cost in models))
     expected = f", {_time(seconds)} on this machine" if calibrate else ""
-    print(f"together: {sum(cost.cells for cost in found)} cells, {disk} of disk{expected}")
-    return _warnings(config, found, device, calibrate)
+    print(f"together: {sum(cost.cells for cost in models)} cells, {disk} of disk{expected}")
+    return _warnings(config, models, device, calibrate)
 
 
-def _warnings(config: Config, found: Sequence[Costs], device: str | None, look_at_device: bool) -> list[str]:
+def _warnings(config: Config, models: Sequence[Costs], device: str | None, look_at_device: bool) -> list[str]:
     warnings = []
-    needed = sum(sum(cost.disk.values()) for cost in found)
-    place = Path(grid.RESULTS) if Path(grid.RESULTS).exists() else Path(".")
-    free = shutil.disk_usage(place).free
+    needed = sum(sum(cost.disk.values()) for cost in models)
+    directory = Path(grid.RESULTS) if Path(grid.RESULTS).exists() else Path(".")
+    free = shutil.disk_usage(directory).free
     if needed > 0.9 * free:
         warnings.append(
-            f"the results need about {_bytes(needed)} and {place.absolute()} has {_bytes(free)} left: lower `samples`, "
-            "`draws` or `store`, or put results/ on a larger disk."
+            f"the results need about {_bytes(needed)} and {directory.absolute()} has {_bytes(free)} left: lower "
+            "`samples`, `draws` or `store`, or put results/ on a larger disk."
         )
     if look_at_device:
         from selfrepair.models import memory
         from selfrepair.models.device import pick_device
 
-        for cost in found:
+        for cost in models:
             at = pick_device(device or config.models[cost.model].device)
             if cost.memory > (free := memory.free(at)):
                 warnings.append(
