@@ -7,12 +7,13 @@ from typing import Any
 import synthetic
 from selfrepair.jobs.job import Job
 from selfrepair.planning.figure_names import FORMATS
+from selfrepair.planning.grid import SUMMARY_TABLES
 
 
 def table_inputs(run: synthetic.Run) -> dict[str, Any]:
     """Return the inputs that both stages share, by name."""
     summary = run.summary_job()
-    outputs = {name: summary["output"][name] for name in ("verdicts", "layers", "downstream", "numerics")}
+    outputs = {name: summary["output"][name] for name in (*SUMMARY_TABLES, "numerics")}
     return {**outputs, "clean": summary["input"]["clean"], "tokens": [str(path) for path in run.tokens]}
 
 

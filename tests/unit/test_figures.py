@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Run:
 
 def read(run: synthetic.Run) -> frames.Frames:
     given = reporting.figures_job(run, []).input
-    return frames.read(frames.Inputs(**{k: v for k, v in given.items() if k != "numerics"}))
+    return frames.read(frames.Inputs(**{field.name: given[field.name] for field in fields(frames.Inputs)}))
 
 
 @pytest.fixture(scope="module")

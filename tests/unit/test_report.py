@@ -196,7 +196,7 @@ def every_sentence(results: Results) -> list[str]:
 def known_numbers(results: Results) -> set[str]:
     """Every number of the tables as the report writes it, with either sign, and every count of rows by class."""
     known = set()
-    for frame in (results.verdicts, results.layers, results.downstream, results.numerics):
+    for frame in (results.verdicts, results.layers, results.downstream, results.numerics, results.comparison):
         for name in frame.columns:
             if frame[name].dtype.is_numeric():
                 values = frame[name].drop_nulls().to_list()
@@ -308,20 +308,21 @@ def test_the_largest_contribution_is_named(evil: tuple[Page, Job, synthetic.Run]
     )
 
 
-def test_crossings_by_hand() -> None:
-    keys = {"source": "a", "component": "mlp", "ablation": "replace-a"}
-    rows = [(0, 3.0, 1.0), (1, 0.5, 1.0), (2, 2.0, 1.0), (3, 0.5, 1.0), (4, 0.2, 1.0)]
-    kept = pl.DataFrame(
-        [
-            {**keys, "layer": k, "drop": t, "drop_low": t - 0.1, "drop_high": t + 0.1, "delta_unembed": u}
-            for k, t, u in rows
-        ]
+def test_crossings_and_replacements_are_the_summarys(evil: tuple[Page, Job, synthetic.Run]) -> None:
+    results = results_of(evil[1])
+    rows = [[cell.text for cell in row] for row in report_tables.crossings(results).rows]
+    assert len(rows) == results.comparison.height == 2 * 2 * len(results.ablations)
+    row = next(row for row in rows if row[:3] == ["python", "mlp", "replace-facts"])
+    kept = results.comparison.row(
+        by_predicate=(pl.col("source") == "python")
+        & (pl.col("component") == "mlp")
+        & (pl.col("ablation") == "replace-facts"),
+        named=True,
     )
-    zero = kept.with_columns(ablation=pl.lit("zero"), drop_high=pl.lit(1.0))
-    results = Results(pl.concat([kept, zero]), *[pl.DataFrame()] * 4, ("a",), ("replace-a", "zero"))
-    texts = [[cell.text for cell in row] for row in report_tables.crossings(results).rows]
-    assert texts[0] == ["a", "mlp", "replace-a", "3", "1.24", "2", "–", "5"]
-    assert texts[1][:4] == ["a", "mlp", "zero", "3"]
+    assert row[4] == f"{kept['layers_less']} of {kept['layers']}"
+    assert row[5].startswith(number(kept["drop"]))
+    replaced = [[cell.text for cell in row] for row in report_tables.replacements(results).rows]
+    assert len(replaced) == len(rows) and {row[-1] for row in replaced} == {"4"}
 
 
 def test_warnings_come_first(evil: tuple[Page, Job, synthetic.Run], tmp_path: Path) -> None:

@@ -88,8 +88,9 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "trust",
             "Can the numbers be trusted?",
-            sentences.trust(results),
+            [*sentences.trust(results), *sentences.ablation_warnings(results)],
             [report_tables.audit(results.numerics)],
+            [report_tables.replacements(results)],
         ),
     ]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import polars as pl
 
+from selfrepair.analysis.thresholds import MAX_NORM_RATIO, MAX_REPLACEMENT_SHARE
 from selfrepair.analysis.verdicts import CLASSES, READINGS, REPAIRED, counts
-from selfrepair.planning.sites import COMPONENTS
 from selfrepair.report import sentences
 from selfrepair.report.figures.frames import table
-from selfrepair.report.figures.wording import site
+from selfrepair.report.figures.wording import number, site
 from selfrepair.report.page import Cell, Table, cell, interval_cell
 from selfrepair.report.results import Results, Row
 
@@ -104,53 +104,50 @@ def strongest(results: Results) -> Table:
 
 
 def crossings(results: Results) -> Table:
-    """Return, per source, component and ablation, where the mean crosses the diagonal and how large the drops are.
-
-    The mean lies beyond the diagonal where the mean drop exceeds mean Δunembed. `crosses at` is the first layer from
-    which on it never does.
-    """
+    """Return, per source, component and ablation, where the mean crosses the diagonal and how the drops compare."""
     rows = []
-    for source in results.sources:
-        for component in COMPONENTS:
-            for ablation in results.ablations:
-                kept = results.verdicts.filter(
-                    (pl.col("source") == source)
-                    & (pl.col("component") == component)
-                    & (pl.col("ablation") == ablation)
-                ).sort("layer")
-                if kept.height:
-                    rows.append(_crossing(results, kept, source, component, ablation))
-    head = ["source", "component", "ablation", "crosses at layer", "mean drop over layers (logits)"]
-    head += ["layers that cost more than zero", "… than random", "layers"]
+    for row in results.comparison.sort("source", "component", "ablation").iter_rows(named=True):
+        keys = [cell(row[name]) for name in ("source", "component", "ablation", "crossing_layer")]
+        less = cell(f"{row['layers_less']} of {row['layers']}")
+        drops = [interval(row, name) for name in ("drop", "minus_zero", "minus_random")]
+        rows.append([*keys, less, *drops, cell(row["prompts"])])
+    head = ["source", "component", "ablation", "costs less from layer", "layers that cost less"]
+    head += ["mean drop (logits)", "minus zero", "minus random", "prompts"]
     caption = (
-        "From “costs more than it says” to “costs less”: the first layer from which on the mean drop stays below mean "
-        "Δunembed. A layer costs more if the two 95 % intervals do not overlap."
+        "Where each ablation crosses the diagonal: the first layer from which on the mean drop costs less than mean "
+        "Δunembed says. Drops are means over layers, with 95 % intervals; “minus zero” above 0: it costs more than zero"
     )
     return Table(head, rows, caption)
 
 
-def _crossing(results: Results, kept: pl.DataFrame, source: str, component: str, ablation: str) -> list[Cell]:
-    beyond = [row["layer"] for row in kept.to_dicts() if row["drop"] > row["delta_unembed"]]
-    later = [layer for layer in kept["layer"] if not beyond or layer > beyond[-1]]
-    return [
-        cell(source),
-        cell(component),
-        cell(ablation),
-        cell(later[0] if later else None),
-        cell(kept["drop"].mean()),
-        _costlier(results, kept, "zero"),
-        _costlier(results, kept, "random"),
-        cell(kept.height),
+def replacements(results: Results) -> Table:
+    """Return, per source, component and ablation, how replacements compare with the originals over layers."""
+    rows = []
+    for (source, component, ablation), group in results.audit.group_by(
+        "source", "component", "ablation", maintain_order=True
+    ):
+        ratios, shares = group["norm_ratio_median"], group["replacement_share"]
+        values = (
+            *(source, component, ablation),
+            *(ratios.min(), ratios.max(), shares.min(), shares.max()),
+            *(int(group["off_manifold"].sum() or 0), int(group["not_clean"].sum() or 0), group.height),
+        )
+        rows.append([cell(value) for value in values])
+    head = [
+        "source",
+        "component",
+        "ablation",
+        "norm ratio, least",
+        "largest",
+        "share still said, least",
+        "largest",
     ]
-
-
-def _costlier(results: Results, kept: pl.DataFrame, other: str) -> Cell:
-    keys = ["source", "component", "layer"]
-    rival = results.verdicts.filter(pl.col("ablation") == other).select(*keys, rival="drop_high")
-    if not rival.height or kept["ablation"][0] == other:
-        return cell(None)
-    joined = kept.join(rival, on=keys)
-    return cell(int((joined["drop_low"] > joined["rival"]).sum()))
+    head += ["layers off the manifold", "layers not clean", "layers"]
+    caption = (
+        f"What the replacements are: median |ã| / |a| per layer (off the manifold beyond {MAX_NORM_RATIO:g} or below "
+        f"its inverse), and mean u(ã) / mean u(a) (not clean above {number(MAX_REPLACEMENT_SHARE)})"
+    )
+    return Table(head, rows, caption)
 
 
 def audit(numerics: pl.DataFrame) -> Table:
@@ -169,6 +166,7 @@ def audit(numerics: pl.DataFrame) -> Table:
         "device": "device",
         "path_last_or_all": "engine path",
         "selftest_error": "self-test error",
+        "contributions_warned": "contributions with a warning",
         "warned": "warning",
     }
     known = numerics.with_columns(warned=pl.col("warning").is_not_null())

@@ -22,6 +22,8 @@ class Results:
     layers: pl.DataFrame  # summary/layers.parquet, all prompts
     downstream: pl.DataFrame  # summary/downstream.parquet
     numerics: pl.DataFrame
+    comparison: pl.DataFrame  # summary/ablations.parquet
+    audit: pl.DataFrame  # summary/audit.parquet
     clean: pl.DataFrame  # one row per source prompt
     sources: tuple[str, ...]
     ablations: tuple[str, ...]
@@ -57,6 +59,8 @@ def read(inputs: Mapping[str, Any]) -> Results:
         layers=layers,
         downstream=without_control(table(inputs["downstream"])),
         numerics=table(inputs["numerics"]),
+        comparison=without_control(table(inputs["ablations"])),
+        audit=without_control(table(inputs["audit"])),
         clean=clean,
         sources=sources,
         ablations=order_ablations(verdicts["ablation"].unique(maintain_order=True).to_list(), sources),

@@ -263,6 +263,12 @@ def warnings(results: Results) -> list[str]:
     return [f"{row['dataset']}: {row['warning']}" for row in rows]
 
 
+def ablation_warnings(results: Results) -> list[str]:
+    """Return the audit's remarks on ablations that are off the manifold or not clean, data set by data set."""
+    rows = results.numerics.filter(pl.col("ablation_warning").is_not_null()).iter_rows(named=True)
+    return [f"{row['dataset']}: {row['ablation_warning']}" for row in rows]
+
+
 def trust(results: Results) -> list[str]:
     """Return one sentence on the audit."""
     table = results.numerics

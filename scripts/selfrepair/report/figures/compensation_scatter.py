@@ -22,9 +22,17 @@ def fits(frames: Frames, data: pl.DataFrame) -> pl.DataFrame:
     return joined.with_columns(slope=-pl.col("slope")).drop("intercept")
 
 
+def _with_downstream(frames: Frames, table: pl.DataFrame) -> pl.DataFrame:
+    keys = ["source", "layer", "component"]
+    some = frames.with_downstream(frames.verdicts).select(keys).unique()
+    return table.join(some, on=keys, how="semi", maintain_order="left")
+
+
 def build(frames: Frames) -> dict[str, Any]:
     """Top: the chosen layer. Bottom: all layers, the colour is the depth."""
     cloud = points.Points(frames, (), ("loss", "repair"))
+    cloud.table = _with_downstream(frames, cloud.table)
+    cloud.data = frames.with_downstream(cloud.data)
     lines = fits(frames, cloud.data)
     tooltip = points.tooltip(("loss", "direct loss"), ("repair", "repair"))
     x, y = alt.X("loss:Q", title=LOSS, scale=alt.Scale(zero=False)), alt.Y("repair:Q", title=REPAIR)

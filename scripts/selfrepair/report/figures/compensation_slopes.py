@@ -10,16 +10,16 @@ from selfrepair.report.figures.frames import CELL, Frames
 
 ROWS = (
     curves.Row("slope", "slope across prompts", rules=(0, 1)),
-    curves.Row("slope_within", "slope within prompts", rules=(0, 1)),
+    curves.Row("dose_slope", "slope within prompts", rules=(0, 1)),
     curves.Row("r2", "variance explained, r²", domain=(0, 1)),
 )
 
 
 def data(frames: Frames) -> pl.DataFrame:
     """CELL x measure: value, low, high; slopes on the direct loss, hence minus the summary's."""
-    kept = frames.all_prompts()
+    kept = frames.with_downstream(frames.all_prompts())
     names = [row.measure for row in ROWS if row.measure in kept.columns]
-    slopes = [name for name in names if name.startswith("slope")]
+    slopes = [name for name in names if "slope" in name]
     turned = {name: -pl.col(name) for name in slopes}
     turned |= {f"{name}_low": -pl.col(f"{name}_high") for name in slopes}
     turned |= {f"{name}_high": -pl.col(f"{name}_low") for name in slopes}

@@ -22,7 +22,7 @@ ROWS = (
 
 def data(frames: Frames) -> pl.DataFrame:
     """CELL x part x measure: mean repair (logits), slope on the direct loss and r2, with low and high."""
-    kept = frames.all_prompts()
+    kept = frames.with_downstream(frames.all_prompts())
     keys = [*CELL, "prompts", "draws"]
     parts = []
     for name in (*COMPONENTS, None):

@@ -64,18 +64,18 @@ def _panel(
     where: Sequence[str],
 ) -> Any:
     scale = alt.Scale(domain=list(row.domain), nice=False) if row.domain else alt.Scale(zero=False)
-    base = scales.clamped(
-        chart(
-            "curves",
-            table,
-            f"datum.component === '{component}'",
-            f"datum.measure === '{row.measure}'",
-            controls.is_picked("source"),
-            *where,
-        ),
-        "value",
-        ("value", "low", "high"),
-    ).transform_calculate(shown="datum.shown_value")
+    rows = chart(
+        "curves",
+        table,
+        f"datum.component === '{component}'",
+        f"datum.measure === '{row.measure}'",
+        controls.is_picked("source"),
+        *where,
+    )
+    # A fixed axis holds every value.
+    bounds = "value", "low", "high"
+    base = scales.clamped(rows, "value", bounds) if row.domain is None else scales.whole(rows, bounds)
+    base = base.transform_calculate(shown="datum.shown_value")
     legend = theme.line_legend()
     title = row.title.split(" (")[0]
     colour = alt.Color(f"{series.field}:N", scale=series.colours, title=series.field, legend=legend)
@@ -108,7 +108,9 @@ def _panel(
         )
         .add_params(highlight)
     )
-    layers = [band, line, scales.off_scale(base, "value", x=x, y=y)]
+    layers = [band, line]
+    if row.domain is None:
+        layers.append(scales.off_scale(base, "value", on_line=True, x=x, y=y))
     for at in row.rules:
         reference = alt.Chart(alt.InlineData(values=[{"at": at}]))
         rule = reference.mark_rule(strokeDash=[2, 3], color=theme.MUTED)

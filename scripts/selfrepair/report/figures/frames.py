@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from selfrepair.analysis.verdicts import NOTHING_DOWNSTREAM
 from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.errors import DamagedFileError
 from selfrepair.planning.sites import COMPONENTS
@@ -56,6 +57,11 @@ class Frames:
     def all_prompts(self) -> pl.DataFrame:
         """The rows of `layers` over all prompts, correctly answered or not."""
         return self.layers.filter(pl.col("subset") == "all")
+
+    def with_downstream(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The rows (CELL) of contributions that have something downstream."""
+        some = self.verdicts.filter(pl.col("class") != NOTHING_DOWNSTREAM)
+        return rows.join(some.select(CELL), on=CELL, how="semi", maintain_order="left")
 
     def n_prompts(self, source: str) -> int:
         """Source prompts of `source`."""

@@ -69,7 +69,7 @@ def build(frames: Frames) -> dict[str, Any]:
                 alt.Tooltip("high:Q", title="to", format=".3f"),
             ],
         )
-        marks = scales.off_scale(mean, "value", x="layer:Q", y="shown:Q")
+        marks = scales.off_scale(mean, "value", on_line=True, x="layer:Q", y="shown:Q")
         return alt.layer(lines, band, line, marks).properties(
             width=330, height=190, title=f"{theme.COMPONENT[component]}, {MEASURES[measure].split(' (')[0]}"
         )

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
-
 from selfrepair.report.figures import controls, theme
 
 REACH = 3.0  # times the upper quartile of the sizes in a panel
@@ -29,14 +27,22 @@ def clamped(base: Any, size: str, fields: Sequence[str], groupby: Sequence[str] 
     return base.transform_calculate(off="datum.magnitude > datum.limit")
 
 
-def off_scale(base: Any, size: str, **position: Any) -> Any:
-    """Return labels with the true value of `size` at the edge, for rows that `clamped` has moved."""
+def whole(base: Any, fields: Sequence[str]) -> Any:
+    """Return `base` with `shown_X` equal to X for every field X."""
+    for field in fields:
+        base = base.transform_calculate(**{f"shown_{field}": f"datum.{field}"})
+    return base
+
+
+def off_scale(base: Any, size: str, *, on_line: bool = False, **position: Any) -> Any:
+    """Return labels with the true value of `size` at the edge, one per layer, for rows that `clamped` has moved."""
+    align, dx = ("left", 6) if on_line else ("center", 0)
     return (
         base.transform_filter("datum.off")
+        .transform_joinaggregate(farthest="max(magnitude)", groupby=["layer"])
+        .transform_filter("datum.magnitude === datum.farthest")
         .transform_calculate(label=f"(datum.{size} > 0 ? '▲ ' : '▼ ') + format(datum.{size}, '.3~r')")
-        .mark_text(
-            fontSize=10, fontWeight="bold", color=theme.INK, dy=alt.ExprRef("datum.shown > 0 ? -7 : 9")
-        )
+        .mark_text(fontSize=10, fontWeight="bold", color=theme.INK, align=align, dx=dx, dy=-8)
         .encode(text="label:N", **position)
     )
 

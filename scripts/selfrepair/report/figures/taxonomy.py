@@ -17,7 +17,7 @@ def data(frames: Frames) -> pl.DataFrame:
 
     All signs are aligned with the component's clean direct effect: above 0 pushes the logit back.
     """
-    kept = frames.verdicts
+    kept = frames.with_downstream(frames.verdicts)
     aligned = pl.sum_horizontal(*KINDS)
     parts = [
         kept.select(
