@@ -36,12 +36,12 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
     """Return the page as text. `inputs` and `params` are those of the report job. Raises DamagedFileError."""
     results = read(inputs)
     shown = pictures(inputs["figures"], page)
-    points = figure.group(inputs["figures"])["scatter-by-layer"]["parquet"]
+    scatter = figure.group(inputs["figures"])["scatter-by-layer"]
     config = params.get("experiment_config", {})
     groups = report_tables.facts(params, _measured(tables.read_metadata(inputs["clean"][0])))
     return templating.render(
         "report.html.j2",
-        bundle=figure.bundle(),
+        bundle=figure.bundle_of(scatter["html"]),
         title=f"Self-repair: {params['experiment']} on {params['model']}",
         experiment=params["experiment"],
         model=params["model"],
@@ -52,7 +52,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
         sections=_sections(results),
         facts=[(heading, settings(values)) for heading, values in groups],
         data_table=report_tables.datasets(results, inputs["tokens"]),
-        explorer=script(explorer.payload(results, table(points), inputs["tokens"])),
+        explorer=script(explorer.payload(results, table(scatter["parquet"]), inputs["tokens"])),
         layers=sorted(results.verdicts["layer"].unique()),
         ablations=results.ablations,
         sources=results.sources,

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from selfrepair.report.figures import figure
 from selfrepair.report.figures.wording import number
 
-LARGEST_SVG = 120_000  # bytes; a larger drawing is embedded as PNG
+LARGEST_SVG = 200_000  # bytes; a larger drawing is embedded as PNG
 
 
 @dataclass(frozen=True)

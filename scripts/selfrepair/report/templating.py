@@ -10,7 +10,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 
 def render(template: str, *, bundle: str, **context: Any) -> str:
-    """Return a whole page. Every value is escaped unless it is Markup. `bundle` is the JavaScript of Vega."""
+    """Return a whole page. Every value is escaped unless it is Markup. `bundle` is a script element."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,

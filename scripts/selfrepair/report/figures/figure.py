@@ -19,7 +19,8 @@ from selfrepair.report.figures import controls, theme
 from selfrepair.storage import atomic, tables
 
 Spec = dict[str, Any]
-PNG_SCALE = 1.5
+PNG_SCALE = 1.25
+BUNDLE = "<script>/* Vega, Vega-Lite and vega-embed */\n"
 PAYLOAD = '<script type="application/json" id="figure">'
 
 
@@ -123,11 +124,20 @@ def _svg(spec: str) -> str:
 
 @functools.cache
 def bundle() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and vega-embed from vl-convert: nothing is fetched."""
+    """Return a script element with Vega, Vega-Lite and vega-embed from vl-convert: nothing is fetched."""
     code = str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub lacks the default
     if "</script" in code.lower():
         raise ValueError("the JavaScript bundle contains '</script', which would end its own script element")
-    return code
+    return f"{BUNDLE}{code}\n</script>"
+
+
+def bundle_of(page: str | Path) -> str:
+    """Return the script element that `standalone` put into a page: making it takes two seconds."""
+    _, start, rest = Path(page).read_text("utf-8").partition(BUNDLE)
+    code, end, _ = rest.partition("</script>")
+    if not (start and end):
+        raise _damaged(page)
+    return f"{start}{code}{end}"
 
 
 def script_json(value: Any) -> str:
@@ -153,9 +163,13 @@ def payload_of(page: str | Path) -> dict[str, Any]:
     _, start, rest = Path(page).read_text("utf-8").partition(PAYLOAD)
     text, end, _ = rest.partition("</script>")
     if not (start and end):
-        remedy = f"delete it (rm '{page}') and run the same command again."
-        raise DamagedFileError("is not a figure of this workflow", where=str(page), remedy=remedy)
+        raise _damaged(page)
     return dict(json.loads(text))
+
+
+def _damaged(page: str | Path) -> DamagedFileError:
+    remedy = f"delete it (rm '{page}') and run the same command again."
+    return DamagedFileError("is not a figure of this workflow", where=str(page), remedy=remedy)
 
 
 def group(files: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -18,20 +18,22 @@ def clamped(base: Any, size: str, fields: Sequence[str], groupby: Sequence[str] 
         base.transform_calculate(magnitude=f"abs(datum.{size})")
         .transform_joinaggregate(quartile="q3(magnitude)", groupby=list(groupby))
         .transform_calculate(
-            limit=f"{controls.FULL_SCALE} || datum.quartile === 0 ? 1e300 : {REACH} * datum.quartile"
+            limit=f"{controls.FULL_SCALE} || datum.quartile === 0 ? 1e300 : {REACH} * datum.quartile",
+            off="datum.magnitude > datum.limit",
+            **{f"shown_{field}": _bounded(field) for field in fields},
         )
     )
-    for field in fields:
-        bounded = f"clamp(datum.{field}, -datum.limit, datum.limit)"
-        base = base.transform_calculate(**{f"shown_{field}": f"isValid(datum.{field}) ? {bounded} : null"})
-    return base.transform_calculate(off="datum.magnitude > datum.limit")
+    return base
+
+
+def _bounded(field: str) -> str:
+    bounded = f"clamp(datum.{field}, -datum.limit, datum.limit)"
+    return f"isValid(datum.{field}) ? {bounded} : null"
 
 
 def whole(base: Any, fields: Sequence[str]) -> Any:
     """Return `base` with `shown_X` equal to X for every field X."""
-    for field in fields:
-        base = base.transform_calculate(**{f"shown_{field}": f"datum.{field}"})
-    return base
+    return base.transform_calculate(**{f"shown_{field}": f"datum.{field}" for field in fields})
 
 
 def off_scale(base: Any, size: str, *, on_line: bool = False, **position: Any) -> Any:
