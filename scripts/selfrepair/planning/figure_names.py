@@ -24,7 +24,7 @@ FIGURES = (
         "restoration-by-layer", "repaired", "How much of each contribution's direct effect comes back"
     ),
     FigureEntry("ledger", "repaired", "Where the logit drop comes from"),
-    FigureEntry("impact-by-layer", "matters", "Direct effect of each contribution and drop of its ablation"),
+    FigureEntry("impact-by-layer", "matters", "Direct effect of each contribution and cost of its ablation"),
     FigureEntry("scatter-by-layer", "matters", "Logit drop against Δunembed, layer by layer"),
     FigureEntry("scatter-all-layers", "matters", "Logit drop against Δunembed, all layers"),
     FigureEntry("correlation-by-layer", "matters", "How well Δunembed predicts the logit drop"),

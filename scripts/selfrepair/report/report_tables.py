@@ -8,7 +8,6 @@ import polars as pl
 
 from selfrepair.analysis.thresholds import MAX_NORM_RATIO, MAX_REPLACEMENT_SHARE
 from selfrepair.analysis.verdicts import CLASSES, READINGS, REPAIRED, counts
-from selfrepair.report import sentences
 from selfrepair.report.figures.frames import table
 from selfrepair.report.figures.wording import number, site
 from selfrepair.report.page import Cell, Table, cell, interval_cell
@@ -77,7 +76,7 @@ def strongest(results: Results) -> Table:
     """Return the strongest repairer of every contribution, where its interval excludes 0."""
     rows = []
     for row in results.defaults():
-        best = sentences.strongest(results, row)
+        best = results.strongest(row)
         if best:
             change = interval_cell(best["mean_change"], best["low"], best["high"])
             rows.append(
@@ -114,8 +113,8 @@ def crossings(results: Results) -> Table:
     head = ["source", "component", "ablation", "costs less from layer", "layers that cost less"]
     head += ["mean drop (logits)", "minus zero", "minus random", "prompts"]
     caption = (
-        "Where each ablation crosses the diagonal: the first layer from which on the mean drop costs less than mean "
-        "Δunembed says. Drops are means over layers, with 95 % intervals; “minus zero” above 0: it costs more than zero"
+        "Where each ablation crosses the diagonal: the first layer from which on the mean drop is below mean Δunembed. "
+        "Drops are means over layers, with 95 % intervals; “minus zero” above 0: it costs more than zero"
     )
     return Table(head, rows, caption)
 
@@ -139,7 +138,7 @@ def replacements(results: Results) -> Table:
         "ablation",
         "norm ratio, least",
         "largest",
-        "share still said, least",
+        "share of Δunembed left, least",
         "largest",
     ]
     head += ["layers off the manifold", "layers not clean", "layers"]

@@ -47,6 +47,13 @@ class Results:
         """The rows of `defaults` that have something to repair, in the reading with this column suffix."""
         return [row for row in self.defaults(source) if row[f"class{suffix}"] not in NOT_REPAIRABLE]
 
+    def strongest(self, row: Row) -> Row | None:
+        """The strongest repairer of an ablated contribution; None if its interval includes 0."""
+        same = [pl.col(key) == row[key] for key in CELL]
+        chosen = self.downstream.filter(pl.all_horizontal(same) & pl.col("strongest"))
+        best = chosen.row(0, named=True) if chosen.height else None
+        return best if best and excludes_zero(best, "low", "high") else None
+
 
 def read(inputs: Mapping[str, Any]) -> Results:
     """Read the tables that `inputs` of the report stage names. Raises DamagedFileError."""

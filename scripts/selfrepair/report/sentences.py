@@ -18,7 +18,7 @@ from selfrepair.analysis.verdicts import (
     counts,
 )
 from selfrepair.report.figures.wording import estimate, layers_of, listing, number, plural, site
-from selfrepair.report.results import Results, Row, excludes_zero, names
+from selfrepair.report.results import Results, Row, names
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,17 @@ def answers(results: Results) -> list[Answer]:
 def scope(results: Results, rows: Sequence[Row]) -> str:
     """Return `replace-facts, n = 200 prompts, 15 draws each`."""
     ablations, draws = names(rows, "ablation"), names(rows, "draws")
-    sizes = sorted({row["prompts"] for row in rows})
-    n = f"n = {number_of(sizes)} prompts"
+    n = sample(rows)
     drawn = "" if draws == [1] else f", {number_of(sorted(draws))} draws each"
     if len(results.sources) == 1:
         return f"{ablations[0]}, {n}{drawn}"
     which = ablations[0] if len(ablations) == 1 else "each with its own default ablation"
     return f"{len(results.sources)} data sets, {which}, {n} each{drawn}"
+
+
+def sample(rows: Sequence[Row]) -> str:
+    """Return `n = 200 prompts`."""
+    return f"n = {number_of(sorted({row['prompts'] for row in rows}))} prompts"
 
 
 def number_of(values: Sequence[int]) -> str:
@@ -132,7 +136,7 @@ def _reading(results: Results, name: str, suffix: str) -> list[str]:
     }[name]
     sentence = (
         f"{start}, {count[REPAIRED]} of {len(rows)} {_are(count[REPAIRED])} repaired and {count[AMPLIFIED]} amplified "
-        f"({scope(results, rows)})"
+        f"({sample(rows)})"
     )
     repaired = [row for row in rows if row[f"class{suffix}"] == REPAIRED]
     if repaired:
@@ -153,7 +157,7 @@ def _nothing_to_repair(results: Results, every: Sequence[Row]) -> list[str]:
             which = f" ({layers_of(rows)})" if len(results.sources) == 1 else ""
             sentences.append(
                 f"Not counted: {words} {plural(len(rows), 'contribution')}{which} out of {len(every)} "
-                f"({scope(results, every)})."
+                f"({sample(every)})."
             )
     return sentences
 
@@ -213,7 +217,7 @@ def responsibility(results: Results, row: Row) -> list[str]:
         f"{estimate(row, 'woken')}; propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, "
         f"n = {row['prompts']})."
     ]
-    best = strongest(results, row)
+    best = results.strongest(row)
     if best:
         sentences.append(
             f"The strongest repairer is {site(best, 'downstream_')}: its direct effect changes by "
@@ -221,18 +225,6 @@ def responsibility(results: Results, row: Row) -> list[str]:
             f"(n = {best['prompts']})."
         )
     return sentences
-
-
-def strongest(results: Results, row: Row) -> Row | None:
-    """Return the strongest repairer of an ablated contribution; None if its interval includes 0."""
-    keys = ("source", "ablation", "layer", "component")
-    chosen = results.downstream.filter(
-        pl.all_horizontal([pl.col(key) == row[key] for key in keys]) & pl.col("strongest")
-    )
-    if not chosen.height:
-        return None
-    best = chosen.row(0, named=True)
-    return best if excludes_zero(best, "low", "high") else None
 
 
 # Do the ablations agree?

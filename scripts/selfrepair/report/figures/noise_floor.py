@@ -67,7 +67,7 @@ def build(frames: Frames) -> dict[str, Any]:
             "the control that replaces a contribution by itself; logarithmic axis, no interval."
             f"{zeros} {wording.sizes(frames)}."
         ),
-        "reading": "Effects near the grey line cannot be distinguished from rounding.",
+        "reading": "Effects near the grey line cannot be separated from rounding.",
         "alt": "Line plots on a logarithmic axis of the rms effect per layer and of the noise floor.",
         "shows": wording.shows(frames, ablation=False),
         "data": frames.size,

@@ -9,8 +9,8 @@ from selfrepair.report.figures import theme
 LESS, MORE, SIGN = "costs less than it says", "costs more than it says", "changes sign"
 
 READING = (
-    "On the diagonal the drop equals the direct effect. Between the diagonal and the horizontal axis an ablation costs "
-    "less than that, beyond the diagonal more; on the opposite side of the axis the change has the "
+    "On the diagonal the drop equals Δunembed. Between the diagonal and the horizontal axis an ablation costs less "
+    "than it says, beyond the diagonal it costs more than it says; on the opposite side of the axis the change has the "
     "opposite sign. The regions do not show who is responsible: the norm counts as much as later contributions."
 )
 
@@ -42,7 +42,7 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
     )
     against = (
         span.transform_calculate(
-            label=f"datum.x0 < -datum.gap ? 'suppressor: {LESS}' : ''", tx="datum.lo", ty="datum.lo * 0.3"
+            label=f"datum.x0 < -3 * datum.gap ? 'suppressor: {LESS}' : ''", tx="datum.lo", ty="datum.lo * 0.3"
         )
         .mark_text(align="left", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
         .encode(x="tx:Q", y="ty:Q", text="label:N")

@@ -20,11 +20,11 @@ def build(frames: Frames) -> dict[str, Any]:
         .transform_fold(columns, as_=["code", "drop"])
         .transform_filter("isValid(datum.drop)")
         .transform_calculate(
-            shown_effect=f"{OWN_NORM} ? datum.unembed_own_norm : datum.unembed",
+            effect=f"{OWN_NORM} ? datum.unembed_own_norm : datum.unembed",
             ablation=f"{cloud.names}[slice(datum.code, 4)]",
         )
         .transform_aggregate(
-            x="mean(shown_effect)",
+            x="mean(effect)",
             y="mean(drop)",
             layer="min(layer)",
             groupby=["key", "text", "target", "ablation"],

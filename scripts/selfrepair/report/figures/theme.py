@@ -128,12 +128,12 @@ def ablation_scale(ablations: Sequence[str]) -> alt.Scale:
 
 
 def shape_scale(ablations: Sequence[str]) -> alt.Scale:
-    """Return a shape per ablation, for charts whose colours show something else."""
+    """Return shapes that separate ablations without colour."""
     return alt.Scale(domain=list(ablations), range=[SHAPES[i % len(SHAPES)] for i in range(len(ablations))])
 
 
 def dash_scale(ablations: Sequence[str]) -> alt.Scale:
-    """Return a line style per ablation, for charts whose colours show something else."""
+    """Return line styles that separate ablations without colour."""
     return alt.Scale(domain=list(ablations), range=[DASHES[i % len(DASHES)] for i in range(len(ablations))])
 
 

@@ -6,7 +6,8 @@ function drawFigure(element, payload) {
   controls.addEventListener("submit", (event) => event.preventDefault());
   live.setAttribute("role", "img");
   live.setAttribute("aria-label", payload.alt || payload.title);
-  return vegaEmbed(live, payload.spec, {
+  const room = element.clientWidth;
+  return vegaEmbed(live, room && room < 640 ? narrow(payload.spec) : payload.spec, {
     mode: "vega-lite",
     renderer: "svg", // takes the page's text colour, light or dark
     bind: controls,
@@ -21,6 +22,25 @@ function drawFigure(element, payload) {
   });
 }
 
+// On a narrow screen panels stand below one another, and legends below the panels.
+function narrow(spec) {
+  const changed = JSON.parse(JSON.stringify({ ...spec, datasets: undefined }));
+  (function walk(node) {
+    if (!node || typeof node !== "object") return;
+    if (Array.isArray(node)) return node.forEach(walk);
+    if (node.hconcat) { node.vconcat = node.hconcat; delete node.hconcat; }
+    if (node.width > 340) {
+      node.width = 340;
+      for (const layer of [node, ...(node.layer || [])]) if (layer.mark && layer.mark.limit) layer.mark.limit = 340;
+    }
+    if (node.legend && typeof node.legend === "object") Object.assign(node.legend, { orient: "bottom", columns: 2 });
+    ["vconcat", "layer", "encoding"].forEach((name) => walk(node[name]));
+    if (node.encoding) Object.values(node.encoding).forEach(walk);
+  })(changed);
+  changed.config.legend = { ...changed.config.legend, orient: "bottom", columns: 2 };
+  return { ...changed, datasets: spec.datasets };
+}
+
 // A picture that is wider than its column shrinks, but not below readable text; then it scrolls.
 function fitWidth(live) {
   const svg = live.querySelector("svg");
@@ -28,7 +48,7 @@ function fitWidth(live) {
   const width = Number(svg.getAttribute("width"));
   svg.style.maxWidth = "100%";
   svg.style.height = "auto";
-  svg.style.minWidth = Math.min(width, 620) + "px";
+  svg.style.minWidth = Math.min(width, 300) + "px";
 }
 
 function addPlay(view, controls) {

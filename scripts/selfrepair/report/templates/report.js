@@ -154,7 +154,8 @@ function siteName([layer, component]) {
   return (component === "attn" ? "attention " : "MLP ") + layer;
 }
 function signed(value) {
-  return value === null || value === undefined ? "–" : Number(value).toPrecision(3).replace("-", "−");
+  if (value === null || value === undefined) return "–";
+  return Number(value) === 0 ? "0" : Number(value).toPrecision(3).replace("-", "−");
 }
 function largest(prompt) {
   let best = -1;
