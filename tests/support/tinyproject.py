@@ -50,10 +50,16 @@ def write_model(directory: Path, layers: int = 2) -> None:
     """A random Llama of a few layers whose tokens are words."""
     import tiny_models
     import torch
+
+    tiny_models.build("llama", torch.float32, num_hidden_layers=layers).save_pretrained(directory)
+    write_tokenizer(directory)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a tokenizer whose tokens are WORDS and four special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tiny_models.build("llama", torch.float32, num_hidden_layers=layers).save_pretrained(directory)
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
