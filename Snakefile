@@ -7,7 +7,7 @@
 #     std.safetensors                                   moments of the activations over all data sets
 #     effects/source={source}/ablation={ablation}/layer={layer}.parquet     one cell
 #     manifest.parquet                                  the cells of the current configuration, with their digests
-#     numerics.parquet  summary/layers.parquet  summary/downstream.parquet
+#     numerics.parquet  summary/{layers,verdicts,downstream,ablations,audit}.parquet
 #     figures/{figure}.{html,svg,png,parquet}
 #     report.html
 #     logs/{rule}/...

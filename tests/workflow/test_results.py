@@ -33,6 +33,8 @@ def test_every_file_of_the_contract_is_there(finished: Project) -> None:
         "summary/layers.parquet",
         "summary/downstream.parquet",
         "summary/verdicts.parquet",
+        "summary/ablations.parquet",
+        "summary/audit.parquet",
         "figures/scatter-by-layer.svg",
         "report.html",
         "logs/effects/source=a/ablation=zero/layer=1.log",
