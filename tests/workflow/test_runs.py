@@ -20,6 +20,7 @@ TOKENS = "results/e/m/tokens/a.parquet"
 CELL = "results/e/m/effects/source=a/ablation=zero/layer=1.parquet"
 
 
+TABLES = ["summary", "figures", "report"]  # in this order
 ONE_SOURCE = copy.deepcopy(CONFIG)
 ONE_SOURCE["experiments"]["e"].update(datasets=["a"], ablations=["zero"])  # 4 cells
 
@@ -108,7 +109,8 @@ def test_a_failed_cell_costs_itself_only(project: Project) -> None:
     before = len(project.ran())
     project.snakemake()
     again = [stage for stage, *_ in project.ran()[before:]]
-    assert again == ["effects"] * 2 + ["summary", "figures", "report"]
+    assert [stage for stage in again if stage != "manifest"] == ["effects"] * 2 + TABLES
+    assert again.count("manifest") == 1
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
@@ -144,7 +146,8 @@ def test_after_an_interruption_the_same_command_goes_on(project: Project, how: s
     after = [stage for stage, *_ in project.ran()][len(before) :]
     # Each cell was computed once, but for the one in flight.
     assert [*before, *after].count("effects") == 4 + 1
-    assert after == ["effects"] * (4 + 1 - before.count("effects")) + ["summary", "figures", "report"]
+    rest = [stage for stage in after if stage != "manifest"]
+    assert rest == ["effects"] * (4 + 1 - before.count("effects")) + TABLES
     assert not list(project.path.glob("results/**/.*.tmp"))
 
 
@@ -156,7 +159,8 @@ def test_a_cell_that_was_there_before_is_not_computed_again(project: Project) ->
     project.snakemake("--config", "experiments={e: {draws: 3}}")
     before = len(project.ran())
     project.snakemake()  # back again: the first run's cells are still filed
-    assert [stage for stage, *_ in project.ran()[before:]] == ["summary", "figures", "report"]
+    again = [stage for stage, *_ in project.ran()[before:]]
+    assert sorted(again) == sorted(["manifest", *TABLES])
     assert project.planned() == {}
 
 
