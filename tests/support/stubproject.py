@@ -114,6 +114,7 @@ def copy_workflow(directory: Path) -> None:
         ignore = shutil.ignore_patterns("__pycache__")
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, directory / part, ignore=ignore)
+    shutil.copy(ROOT / "workflow" / "Snakefile", directory / "workflow")
     use_plain_log(directory)
 
 

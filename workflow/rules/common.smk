@@ -9,7 +9,7 @@ from pathlib import Path
 from snakemake.utils import update_config
 
 # Not `import workflow...`: that would replace Snakemake's own `workflow`.
-sys.path.insert(0, str(Path(workflow.basedir) / "scripts"))
+sys.path.insert(0, str(Path(workflow.current_basedir).parents[1] / "scripts"))
 
 from selfrepair.errors import InputError
 from selfrepair.jobs import lifeline

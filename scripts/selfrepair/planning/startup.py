@@ -24,9 +24,11 @@ def load_plan(config: Mapping[str, Any], files: Iterable[str | Path]) -> Plan:
 
     Prints the error and exits with status 1 if the configuration is wrong.
     """
-    sources = [str(file) for file in files]
+    sources = [
+        str(file) for file in files if Path(file).is_file()
+    ]  # a module gets its configuration as values
     try:
-        plan = Plan(load_config(config, Path("."), ", ".join(sources), sources))
+        plan = Plan(load_config(config, Path("."), ", ".join(sources) or "config", sources))
         plan.targets()  # reads every model's config.json
     except InputError as error:
         sys.exit(f"Error: {error}")

@@ -5,9 +5,11 @@ that makes it, the run that made it, the configuration, versions, the model with
 digests of its inputs with whether the files there still have them, recursively for each input.
 """
 
+import ast
 import base64
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,17 +96,30 @@ def _record(path: Path, root: Path) -> dict[str, Any]:
 
 
 def _run(path: Path, record: dict[str, Any], root: Path) -> Iterator[str]:
-    yield f"  made again by    snakemake --cores all -- {path}"
+    lines = list(_command(record["endtime"], root)) if "endtime" in record else []
+    yield f"  made again by    snakemake {_configfiles(lines)}--cores all -- {path}"
     if "starttime" in record and "endtime" in record:
         began, ended = (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record[key]))
             for key in ("starttime", "endtime")
         )
         yield f"  made             {began} to {ended[-8:]} by rule {record.get('rule')}"
-        for line in _command(record["endtime"], root):
+        for line in lines:
             yield f"  by the run       {line}"
+        if any(" --config " in line for line in lines):
+            yield "  note             the run replaced values with --config: repeat them"
     for log in record.get("log", []):
         yield f"  log              {log}"
+
+
+def _configfiles(lines: Sequence[str]) -> str:
+    """Return the `--configfile` option of a run from the lines of its log, or nothing for the default file."""
+    for line in lines:
+        if line.startswith("Config file(s): "):
+            names = ast.literal_eval(line.partition(": ")[2])
+            if names != ["config.yaml"]:
+                return "".join(["--configfile ", *(f"{shlex.quote(name)} " for name in names)])
+    return ""
 
 
 def _command(ended: float, root: Path) -> Iterator[str]:
