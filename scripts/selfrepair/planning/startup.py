@@ -71,7 +71,7 @@ def fix_future_timestamps(files: Iterable[str | os.PathLike[str]]) -> list[str]:
 def remove_old_script_copies(directory: Path = Path(".snakemake/scripts")) -> None:
     """Remove the copies of stage scripts that killed jobs left behind more than a day ago.
 
-    Snakemake writes a copy of the script for every job and removes it after the job. Python reads it when the job starts.
+    Snakemake writes a copy of the script for every job and removes it after the job. Python reads it at its start.
     """
     for path in directory.glob("tmp*"):
         with contextlib.suppress(OSError):
