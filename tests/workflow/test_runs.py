@@ -185,7 +185,7 @@ def test_a_mistake_in_the_configuration_is_told_and_nothing_else(project: Projec
     config["experiments"]["e"]["sampels"] = 3
     project.configure(config)
     said = project.snakemake("-n", status=1)
-    assert "config.yaml: experiments.e.sampels: unknown key 'sampels'" in said
+    assert re.search(r"config.yaml, line \d+: experiments.e.sampels: unknown key 'sampels'", said)
     assert "did you mean 'samples'?" in said
     assert "Traceback" not in said and "File " not in said
 
