@@ -213,7 +213,7 @@ def test_a_bad_night(directory: Path) -> None:
     assert there < cells
     # What is said about the failed cells: which they are, their logs, what to do.
     assert "ablation=mean" in said and "logs/effects/source=a/ablation=mean/layer=" in said
-    assert "What to do: each failed job is named above" in said
+    assert "run the same command again: finished work is kept" in said
     log = "".join(log.read_text() for log in project.path.rglob("logs/effects/**/ablation=mean/*.log"))
     assert "ZeroDivisionError: surprise" in log
     wait_for(lambda: not project.workers(), 20)

@@ -1,5 +1,4 @@
 import re
-import time
 
 import projects
 import pytest
@@ -123,7 +122,6 @@ def test_no_cell_reads_a_file(root, monkeypatch):
     reads = []
     read = checkpoints.model_config
     monkeypatch.setattr(checkpoints, "model_config", lambda *of: reads.append(of) or read(*of))
-    start = time.perf_counter()
     count = 0
     for cell in grid.cells(values):
         experiment, model = values.experiments[cell.experiment], values.models[cell.model]
@@ -132,7 +130,6 @@ def test_no_cell_reads_a_file(root, monkeypatch):
         count += len({grid.cell_path(cell)})
     assert count == 2 * 8 * 500
     assert len(reads) == 1
-    assert time.perf_counter() - start < 2  # it takes 0.03 s
 
 
 def hub_cache(tmp_path, monkeypatch, files):

@@ -157,7 +157,7 @@ def test_a_run_that_fails_says_what_to_do(project: Project) -> None:
     assert f"output: {CELL}" in said
     assert "died while it did this job, and so did the one before it" in said
     assert "worker: off" in said
-    assert "What to do: each failed job is named above" in said
+    assert "run the same command again: finished work is kept" in said
     with contextlib.suppress(FileNotFoundError):
         (project.path / "deaths.txt").unlink()
     project.behave()
