@@ -1,4 +1,4 @@
-"""Measure the saved demo model on what it was not trained on, and write model/evaluation.json.
+"""Measure a saved demo model on prompts and texts it was not trained on, and write evaluation.json in its folder.
 
     python workflow/demo/evaluate.py
 
@@ -24,18 +24,18 @@ DOMAINS = ("python", "cpp", "physics", "math-solution", "math-think")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a file with one JSON object per line."""
+    """Return the records of a file with one JSON object per line."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON with a final newline."""
+    """Write indented JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def equal_length_batches(sequences: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
-    """Indices of sequences grouped by length, so that no batch needs padding."""
+    """Return the indices of sequences grouped by length, so that no batch needs padding."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, sequence in enumerate(sequences):
         by_length[len(sequence)].append(index)
@@ -48,7 +48,7 @@ def equal_length_batches(sequences: Sequence[Sequence[int]], rows: int) -> list[
 
 @torch.inference_mode()
 def last_logits(model: Any, sequences: Sequence[Sequence[int]], rows: int = 128) -> Tensor:
-    """Logits after the last token of every sequence: (sequence, vocabulary) float32."""
+    """Return the logits after the last token of every sequence: (sequence, vocabulary) float32."""
     out: list[Tensor | None] = [None] * len(sequences)
     for batch in equal_length_batches(sequences, rows):
         logits = model(input_ids=torch.tensor([sequences[i] for i in batch]), use_cache=False).logits[:, -1]
@@ -58,12 +58,12 @@ def last_logits(model: Any, sequences: Sequence[Sequence[int]], rows: int = 128)
 
 
 def first_tokens(tokenizer: Any, answers: Sequence[str]) -> Tensor:
-    """First token of every answer with the space before it: (answer,) int64."""
+    """Return the first token of every answer with the space before it: (answer,) int64."""
     return torch.tensor([tokenizer.encode(" " + answer, add_special_tokens=False)[0] for answer in answers])
 
 
 def facts_report(model: Any, tokenizer: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy over the prompts and per relation, and how sure the model is of the right token."""
+    """Return the accuracy over the prompts and per relation, and the probability of the right token."""
     prompts = [tokenizer.encode(r["prompt"]) for r in records]
     answers = first_tokens(tokenizer, [r["attribute"] for r in records])
     logits = last_logits(model, prompts)
@@ -86,7 +86,7 @@ def facts_report(model: Any, tokenizer: Any, records: Sequence[Mapping[str, Any]
 
 @torch.inference_mode()
 def domain_report(model: Any, tokenizer: Any, texts: Sequence[str], length: int = 192) -> dict[str, Any]:
-    """Mean loss per token (nats) and argmax accuracy over the first ``length`` tokens of every text."""
+    """Return the mean loss per token (nats) and the argmax accuracy over the first ``length`` tokens of every text."""
     ids = [tokenizer.encode(text) for text in texts]
     lengths = [len(i) for i in ids]
     rows = [i[:length] for i in ids]
@@ -108,7 +108,7 @@ def domain_report(model: Any, tokenizer: Any, texts: Sequence[str], length: int 
 
 @torch.inference_mode()
 def continuation(model: Any, tokenizer: Any, prompt: str, temperature: float, tokens: int, seed: int) -> str:
-    """``tokens`` new tokens after the prompt: greedy at temperature 0, sampled otherwise."""
+    """Return the text of up to ``tokens`` new tokens: greedy at temperature 0, sampled otherwise."""
     generator = torch.Generator().manual_seed(seed)
     new: list[int] = []
     state = model(input_ids=torch.tensor([tokenizer.encode(prompt)]), use_cache=True)
@@ -128,7 +128,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str, temperature: float, to
 
 
 def samples(model: Any, tokenizer: Any, text: str, seed: int) -> dict[str, str]:
-    """Greedy and sampled continuation of the first 24 tokens of a held-out text."""
+    """Return a greedy and a sampled continuation of the first 24 tokens of a held-out text."""
     prompt = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:24])
     return {
         "prompt": prompt,
@@ -138,7 +138,7 @@ def samples(model: Any, tokenizer: Any, text: str, seed: int) -> dict[str, str]:
 
 
 def evaluate(model_dir: Path, data: Path, seed: int) -> dict[str, Any]:
-    """All figures about the model saved in ``model_dir``."""
+    """Return all figures about the model saved in ``model_dir``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
@@ -157,7 +157,7 @@ def evaluate(model_dir: Path, data: Path, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -33,14 +33,14 @@ DEFINITION = re.compile(r"^\s*(?:class|struct|def) (\w+)|^[\w:<>, ]+ (\w+)\(.*\{
 
 
 def defines_twice(text: str) -> bool:
-    """Whether a program gives the same name to two top-level definitions."""
+    """Return whether a program gives the same name to two top-level definitions."""
     names = [a or b for a, b in DEFINITION.findall(text) if not text.startswith(" ")]
     top = [name for name in names if not name.startswith("__")]
     return len(top) != len(set(top))
 
 
 def domain_texts(domain: str, count: int, seed: int) -> list[str]:
-    """``count`` distinct texts of a domain; a longer list starts with the shorter one."""
+    """Return ``count`` distinct texts of a domain. A longer list starts with the shorter one."""
     rng = random.Random(f"{seed}/{domain}")
     texts: dict[str, None] = {}
     while len(texts) < count:
@@ -52,7 +52,7 @@ def domain_texts(domain: str, count: int, seed: int) -> list[str]:
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """One record per line."""
+    """Write one record per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
@@ -60,7 +60,7 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
 
 
 def fact_split(seed: int) -> tuple[list[dict[str, str | int]], list[str]]:
-    """The prompts of ``facts.jsonl`` and the training sentences."""
+    """Return the prompts of ``facts.jsonl`` and the training sentences."""
     chosen = facts.split_phrasings(FACTS, seed)
     return facts.prompt_records(chosen, seed), facts.training_sentences(chosen)
 
@@ -80,7 +80,7 @@ def write_all(data: Path, corpus: Path | None, seed: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
