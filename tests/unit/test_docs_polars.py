@@ -189,14 +189,15 @@ def test_repairers(page, rows):
     for row in found:
         group = select(rows, experiment="facts", ablation="zero", component="attn", layer=row["layer"])
         mean = {
-            (lower, half): np.mean([r[f"downstream_{half}"][lower] for r in group])
+            (lower, half): np.mean(
+                [-np.sign(r["direct_effect"]) * r[f"downstream_{half}"][lower] for r in group]
+            )
             for half in ("attn", "mlp")
             for lower in range(8)
         }
-        sign = -np.sign(np.mean([r["direct_effect"] for r in group]))
-        best = max(mean, key=lambda at: sign * mean[at])
+        best = max(mean, key=mean.__getitem__)
         assert (row["downstream_layer"], row["downstream_component"]) == best
-        assert row["mean_change"] == close(mean[best])
+        assert row["aligned_change"] == close(mean[best])
 
 
 def test_changes_by_layer(page, rows):
