@@ -1,7 +1,7 @@
 """Whole cells, as the stages write them, against one hooked full forward per row.
 
-Every ablation, both positions, both components: the replacement value of each row is worked out here again from
-full forwards of the stored prompts, and its effects by the reference.
+Every ablation, both positions, both components: the replacement value of each row is computed again by tools/rederive
+from full forwards of the prompts, and its effects by the reference.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from selfrepair.effects import draws, reference, runs
+from selfrepair.effects import reference, runs
 from selfrepair.effects.columns import COLUMNS, EFFECT, LOGIT, OUTCOME, PROFILE, names
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.jobs.job import Job
@@ -20,9 +20,10 @@ from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, std
 from selfrepair.models.loading import LoadedModel, wrap
 from selfrepair.models.weights import ModelSpec
-from selfrepair.planning.sites import Site
+from selfrepair.planning.sites import Site, contributions
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import schemas, tables
+from selfrepair.tools import rederive
 
 SEED, MODEL, LENGTH, N_SOURCE, N_STORE, N_DRAWS = 5, "tiny", 7, 3, 4, 3
 ABLATIONS = ("zero", "self", "mean", "random", "gaussian", "noise", "replace-here", "replace-there")
@@ -59,6 +60,7 @@ class Experiment:
     rows: int = 40  # several chunks per cell
     base: dict = field(init=False)
     forwards: dict = field(default_factory=dict)
+    oracle: rederive.Values | None = None
 
     def __post_init__(self):
         self.session = _Session(self.loaded)
@@ -66,7 +68,7 @@ class Experiment:
         self.loaded.spec = ModelSpec(**spec)
         self.base = {"experiment": "e", "model": MODEL, "model_spec": spec, "layers": self.loaded.n_layers}
         self.base |= {
-            "components": ["attn", "mlp", "heads"],
+            "heads": True,
             "positions": self.positions,
             "target": "argmax",
             "seed": SEED,
@@ -140,49 +142,17 @@ class Experiment:
 
     def value(self, row):
         """What must have replaced the row's contribution."""
-        prompt, draw, site = row["prompt"], row["draw"], site_of(row)
-        own = self.forward("here", prompt).ablatable(site)
-        own = own if self.positions == "all" else own[-1:]
-        kind = row["ablation"]
-        key = draws.Key(SEED, "here", kind)
-        if kind == "zero":
-            return torch.zeros_like(own)
-        if kind == "self":
-            return own
-        if kind == "mean":
-            return self.stored_values("here", site).mean(0)
-        if kind.startswith("replace-"):
-            dataset = kind.removeprefix("replace-")
-            found = self.forward(dataset, row["replacement"]).ablatable(site)
-            return found if self.positions == "all" else found[-1:]
-        if kind in ("random", "gaussian"):
-            every = [self.stored_values(d, site) for d in self.ids]
-            pooled = torch.cat(every).numpy()
-            if site.index is None:
-                noise = key.normal(prompt, draw, tuple(own.shape))
-            else:  # drawn for all heads at once
-                heads = self.loaded.heads(site.layer).n_heads
-                noise = key.normal(prompt, draw, (len(own), heads, own.shape[-1]))[:, site.index]
-            noise = noise.astype(np.float64)
-            value = noise * pooled.std(0) + (pooled.mean(0) if kind == "gaussian" else 0.0)
-            return torch.from_numpy(value)
-        return self.noised(key, row)
-
-    def noised(self, key, row):
-        ids = torch.tensor(self.ids["here"][row["prompt"]])
-        model = self.loaded.model
-        embedding = model.get_input_embeddings()
-        noise = key.normal(row["prompt"], row["draw"], (len(ids), embedding.weight.shape[1]))
-        noise = torch.from_numpy(noise).double() * 3 * embedding.weight.double().std()
-        hook = embedding.register_forward_hook(lambda _m, _a, out: out + noise.to(out.dtype))
-        found = reference.forward(self.loaded, ids).ablatable(site_of(row))
-        hook.remove()
-        return found if self.positions == "all" else found[-1:]
-
-
-def site_of(row):
-    component = "attn" if row["component"] == "head" else row["component"]
-    return Site(row["layer"], component, row["head"])
+        if self.oracle is None:
+            prompts = {
+                d: rederive.Prompts({n: torch.tensor(ids) for n, ids in self.ids[d].items()}, self.stored[d])
+                for d in self.ids
+            }
+            layers = range(self.loaded.n_layers)
+            sites = {*contributions(layers), *(site for n in layers for site in self.loaded.head_sites(n))}
+            self.oracle = rederive.Values(self.loaded, prompts, self.positions, frozenset(sites))
+        value = self.oracle.value(row, SEED)
+        assert row["replacement"] == self.oracle.replacement(row, SEED, N_DRAWS)
+        return value
 
 
 def make(root, positions, dtype, model_type="llama", **settings):
@@ -214,7 +184,7 @@ def disagreement(experiment, rows):
         expected = reference.effects(
             experiment.loaded,
             ids,
-            site_of(row),
+            Site.from_row(row),
             value,
             row["target"],
             experiment.forward("here", row["prompt"]),

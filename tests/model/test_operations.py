@@ -46,17 +46,18 @@ def loaded():
     return wrap(tiny_models.build("llama", torch.float32, **settings))
 
 
-def cell(loaded, positions, path, layer, component, rows=4096):
+def cell(loaded, positions, path, layer, component, rows=4096, head=None):
     """One cell's ablations, after the clean runs."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, V, (PROMPTS, T), generator=generator).tolist()
     prompts = [Prompt(number, tuple(row)) for number, row in enumerate(ids)]
-    runs = CleanRuns(loaded, prompts, positions, path == "rows", rows, 1 << 30)
+    runs = CleanRuns(loaded, prompts, positions, path == "rows", rows, 1 << 30, head is not None)
     for number in range(len(runs.batches)):
         runs.run(number, layer)
-    stored = torch.randn(5, 1 if positions == "last" else T, D, generator=generator)
-    ablation = Replace(Key(0, "s", "a"), DRAWS, list(range(5)), {Site(layer, component): stored})
-    settings = Settings((Site(layer, component),), DRAWS, positions, path, rows)
+    width = D if head is None else HEAD
+    stored = torch.randn(5, 1 if positions == "last" else T, width, generator=generator)
+    ablation = Replace(Key(0, "s", "a"), DRAWS, list(range(5)), {Site(layer, component, head): stored})
+    settings = Settings((Site(layer, component, head),), DRAWS, positions, path, rows)
     return lambda: measure(loaded, runs, ablation, settings)
 
 
@@ -145,3 +146,15 @@ def test_rows_bounds_each_pass_and_passes_are_full(loaded, positions, path, toke
     found = calls(loaded, function)
     per_pass = 1 if at_once == 1 else at_once // DRAWS * DRAWS  # whole prompts, where one fits
     assert found["4.mlp.gate_proj"] == -(-ROWS // per_pass)
+
+
+@pytest.mark.parametrize("layer", range(L))
+@pytest.mark.parametrize(
+    ("positions", "path", "costs", "kept"), [("last", "rows", LAST, 1), ("all", "trimmed", ALL, T)]
+)
+def test_a_head_costs_the_attention_s_ablation_and_its_output_projection(
+    loaded, positions, path, costs, kept, layer
+):
+    """One projection per row and kept position makes the replacement, one per prompt makes delta_unembed."""
+    counted = operations.count(cell(loaded, positions, path, layer, "attn", head=2))
+    assert counted == ROWS * (costs["attn"](layer) + kept * OUT) + PROMPTS * OUT

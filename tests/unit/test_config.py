@@ -353,6 +353,14 @@ def test_whole_prompts_cannot_be_replaced_at_all_positions(root):
     )
 
 
+def test_heads_come_beside_whole_contributions(root):
+    text = message(root, grid_with(components=["heads"]))
+    has(text, "experiments.grid.components: names only heads", "add attn, mlp or both")
+    values = projects.raw()
+    grid_with(components=["attn", "heads"])(values)
+    assert projects.load(root, values).experiments["grid"].components == ("attn", "heads")
+
+
 def test_target_answer_needs_answers(root):
     text = message(root, grid_with(target="answer"))
     has(text, "experiments.grid.target: 'answer' needs the true answers", "data set 'python'")

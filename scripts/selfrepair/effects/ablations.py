@@ -228,6 +228,9 @@ class EmbeddingNoise(_WithoutReplacement):
     # One noised run gives every layer's contributions. If they all fit into memory, the session keeps them here for
     # the cells of other layers, by (prompt, draw). None: do not keep them.
     kept: dict[tuple[int, int], NoisedRun] | None = None
+    heads: bool = (
+        False  # whether heads are ablated as well: their parts are then kept from the same noised run
+    )
 
     @classmethod
     def create(cls, inputs: Inputs) -> "EmbeddingNoise":
@@ -240,8 +243,8 @@ class EmbeddingNoise(_WithoutReplacement):
         tokens = dict(zip(ids, run.input_ids[prompts], strict=True))
         pairs = [(prompt, draw) for prompt in ids for draw in draws]
         cached = self.kept if self.kept is not None else {}
-        values = {pair: cached[pair][site] for pair in pairs if pair in cached}
-        missing = [pair for pair in pairs if pair not in cached]
+        values = {pair: cached[pair][site] for pair in pairs if site in cached.get(pair, {})}
+        missing = [pair for pair in pairs if pair not in values]
         per_pass = max(1, self.rows // run.length)
         for first in range(0, len(missing), per_pass):
             batch = missing[first : first + per_pass]
@@ -249,15 +252,16 @@ class EmbeddingNoise(_WithoutReplacement):
             values.update(zip(batch, noised[site], strict=True))
             if self.kept is not None:
                 for number, pair in enumerate(batch):
-                    self.kept[pair] = {at: tensor[number] for at, tensor in noised.items()}
+                    kept = {at: tensor[number] for at, tensor in noised.items()}
+                    self.kept.setdefault(pair, {}).update(kept)
         value = torch.stack([values[pair] for pair in pairs])
         return value.reshape(len(ids), len(draws), *value.shape[1:])
 
     def _every_site(self, site: Site) -> set[Site]:
-        """Return all contributions of the model, and all of its heads if `site` is a head."""
+        """Return all contributions of the model, and all of its heads if heads are ablated."""
         layers = range(self.loaded.n_layers)
         sites = set(contributions(layers))
-        if site.index is not None:
+        if self.heads or site.index is not None:
             sites |= {head for layer in layers for head in self.loaded.head_sites(layer)}
         return sites
 

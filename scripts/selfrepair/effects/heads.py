@@ -34,9 +34,8 @@ def head_unembed(loaded: LoadedModel, run: CleanRun, prompts: slice, site: Site)
 
     The bias of the output projection belongs to no head.
     """
-    x = run.head_inputs[site.layer][
-        :, -1
-    ].clone()  # (prompt, head, width); all prompts, as `direction` has them
+    x = run.head_inputs[site.layer][prompts, -1].clone()  # (prompt, head, width)
     x[:, site.index] = 0
-    without = run.direction.effect(loaded.from_heads(site.layer, x.flatten(-2)))  # (prompt,)
-    return (run.effects[site.component][:, site.layer] - without)[prompts]
+    w, sigma = run.direction.w[prompts], run.direction.sigma[prompts]
+    contribution = loaded.from_heads(site.layer, x.flatten(-2)).to(w.dtype)  # (prompt, d_model)
+    return run.effects[site.component][prompts, site.layer] - torch.linalg.vecdot(contribution, w) / sigma

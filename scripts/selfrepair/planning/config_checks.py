@@ -9,6 +9,7 @@ from selfrepair.planning import templates
 from selfrepair.planning.ablations import replacement_dataset
 from selfrepair.planning.config import DATA_SUFFIXES, Config, Dataset, Experiment, Model
 from selfrepair.planning.config_yaml import Problem
+from selfrepair.planning.sites import COMPONENTS
 from selfrepair.planning.spelling import did_you_mean
 from selfrepair.storage import checkpoints
 
@@ -112,6 +113,9 @@ def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iter
                 remedy = did_you_mean(name, known, f"`{kind}` has")
                 yield Problem(f"{key}.{kind}[{index}]", f"'{name}' is not among `{kind}`", remedy)
     yield from _ablations(key, experiment)
+    if not set(experiment.components) & set(COMPONENTS):
+        what = "names only heads, but the report draws whole contributions beside them"
+        yield Problem(f"{key}.components", what, "add attn, mlp or both.")
     if experiment.positions == "all" and experiment.length is None:
         yield Problem(
             f"{key}.length",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from selfrepair.planning import grid
 from selfrepair.planning.config import Experiment, Model
 from selfrepair.planning.modelsize import Size, size_of
+from selfrepair.planning.sites import HEADS, MLP
 
 _OWN_MLP = 0.65  # part of a layer's parameters that its MLP has: what an attention ablation also runs through
 _ROW = 60  # bytes of a row of effects beside its lists, compressed
@@ -51,9 +52,10 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
             draws = grid.draws(experiment, ablation)
             for layer in layers:
                 for component in experiment.components:
-                    above = size.layers - layer - 1 + (_OWN_MLP if component == "attn" else 0.0)
-                    rows += experiment.samples * draws
-                    cells += experiment.samples * draws * per_row * above * _layer(size, length)
+                    above = size.layers - layer - 1 + (0.0 if component == MLP else _OWN_MLP)
+                    count = experiment.samples * draws * (size.heads if component == HEADS else 1)
+                    rows += count
+                    cells += count * per_row * above * _layer(size, length)
             if ablation == "noise":  # a run of its own per draw: once per source if kept, else once per cell
                 runs = experiment.samples * draws * length * _forward(size, length)
                 noise += runs * (len(layers) / 2 if everywhere else 1)
@@ -64,7 +66,11 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         "tokens": sum(
             (experiment.samples + experiment.store) * 8 * lengths[dataset] for dataset in experiment.datasets
         ),
-        "activations": 2.0 * size.layers * stored * size.width * size.item,
+        "activations": (3.0 if HEADS in experiment.components else 2.0)
+        * size.layers
+        * stored
+        * size.width
+        * size.item,
         "clean": sources * (16.0 * size.layers + 100),
         "effects": rows * (2 * 4 * size.layers + _ROW) + n_cells * 6e3,
         "summary, figures, report": _PAGES + n_cells * len(experiment.components) * 1e3,
@@ -114,7 +120,8 @@ def minutes(experiment: Experiment, model: Model, stage: str, attempt: int, leng
     speed = _SLOW_DEVICE["cpu" if model.device == "cpu" else "other"]
     if stage == "effects":
         per_row = length if experiment.positions == "all" else 1.0
-        tokens = len(experiment.components) * experiment.samples * experiment.draws * per_row
+        sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+        tokens = sites * experiment.samples * experiment.draws * per_row
         seconds = tokens * size.layers * _layer(size, length) / speed + 30
     else:
         tokens = 2.0 * (experiment.samples + experiment.store) * length

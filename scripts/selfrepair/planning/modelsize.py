@@ -30,6 +30,7 @@ class Size:
     keys_values: int  # numbers in the keys and values of one token, per layer
     vocabulary: int
     item: int  # bytes of a number in the model's dtype
+    heads: int = 1  # query heads per layer
 
     @property
     def weights(self) -> int:
@@ -67,7 +68,7 @@ def size_of(model: Model) -> Size:
         block = width * (2 * heads * head + keys_values) + 3 * width * inner * experts
         embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings", True) else 2)
         parameters = layers * block + embeddings
-    return Size(parameters, embeddings, layers, width, keys_values, vocabulary, ITEM[model.dtype])
+    return Size(parameters, embeddings, layers, width, keys_values, vocabulary, ITEM[model.dtype], heads)
 
 
 def _shapes(directory: Path) -> list[list[int]]:

@@ -16,6 +16,7 @@ from selfrepair.planning.digests import dataset_digest, model_digest, tokenizer_
 from selfrepair.planning.figure_names import FORMATS
 from selfrepair.planning.figure_names import names as figure_names
 from selfrepair.planning.fingerprint import code_digest, stage_digest
+from selfrepair.planning.sites import HEADS
 from selfrepair.planning.stages import MODEL_STAGES, worker_modules
 from selfrepair.storage import checkpoints
 
@@ -214,6 +215,7 @@ class Plan:
             "dataset": wildcards.dataset,
             "positions": experiment.positions,
             "layers": grid.n_layers(model),
+            "heads": HEADS in experiment.components,
             "target": experiment.target,
             "code": self.code("activations"),
         }

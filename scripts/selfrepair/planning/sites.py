@@ -1,7 +1,8 @@
 """Sites: the places of a network that can be ablated or read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 ATTN = "attn"
 MLP = "mlp"
@@ -32,6 +33,11 @@ class Site:
             raise ValueError(f"unknown component {self.component!r}: use one of {COMPONENTS}")
         if self.index is not None and self.component != ATTN:
             raise ValueError(f"only attention has heads, not {self.component!r}")
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Site":
+        """Return the ablated site of a row of an effects table, from its layer, component and head."""
+        return cls(row["layer"], ATTN if row["component"] == HEAD else row["component"], row["head"])
 
     @property
     def whole(self) -> "Site":

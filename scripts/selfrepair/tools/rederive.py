@@ -4,7 +4,8 @@ This module shares with the stages only the draws' keys and the tokens tables. I
 moments, and it does not use clean runs or the engine. It is slow on purpose.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,7 @@ class Values:
 
     def value(self, row: Mapping[str, Any], seed: int | None) -> Tensor:  # (P, d_model)
         """Return the value of one row of an effects table, residual multiplier included."""
-        site = Site(row["layer"], row["component"])
+        site = Site.from_row(row)
         kind, source, prompt, draw = row["ablation"], row["source"], row["prompt"], row["draw"]
         key = Key(seed or 0, source, kind)
         if kind == "noise":
@@ -48,7 +49,7 @@ class Values:
         if kind == "zero":
             return torch.zeros_like(own)
         if kind == "self":
-            return _rounded(own, key, prompt)
+            return _rounded(own, self._drawn(site, own, functools.partial(key.steps, prompt)))
         if kind == "mean":
             return self._contributions(source, site).double().mean(0)
         if kind.startswith("replace-"):
@@ -56,7 +57,7 @@ class Values:
         if kind in ("random", "gaussian"):
             stores = [self._contributions(dataset, site) for dataset in self.experiment_prompts]
             pooled = torch.cat(stores).double()  # (stored prompt, P, d_model)
-            noise = torch.from_numpy(key.normal(prompt, draw, tuple(own.shape))).to(own.device).double()
+            noise = self._drawn(site, own, functools.partial(key.normal, prompt, draw)).double()
             value = noise * pooled.std(0, correction=0)
             return value + pooled.mean(0) if kind == "gaussian" else value
         raise ValueError(f"unknown ablation {kind!r}")
@@ -71,7 +72,7 @@ class Values:
 
     def _contribution(self, dataset: str, prompt: int, site: Site) -> Tensor:  # (P, d_model)
         run = reference.forward(self.loaded, self.experiment_prompts[dataset].ids[prompt])
-        return self._at_positions(run.contributions[site])
+        return self._at_positions(run.ablatable(site))
 
     def _contributions(self, dataset: str, site: Site) -> Tensor:  # (store prompt, P, d_model)
         if dataset not in self._stored:
@@ -80,12 +81,19 @@ class Values:
             for prompt in prompts.store:
                 run = reference.forward(self.loaded, prompts.ids[prompt])
                 for wanted, parts in values.items():
-                    parts.append(self._at_positions(run.contributions[wanted]))
+                    parts.append(self._at_positions(run.ablatable(wanted)))
             self._stored[dataset] = {wanted: torch.stack(parts) for wanted, parts in values.items()}
         return self._stored[dataset][site]
 
     def _at_positions(self, contribution: Tensor) -> Tensor:
         return contribution if self.positions == "all" else contribution[-1:]
+
+    def _drawn(self, site: Site, own: Tensor, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Tensor:
+        """Return the random numbers of one prompt at `site`. Heads share one drawing of (P, head, width)."""
+        if site.index is None:
+            return torch.from_numpy(draw(tuple(own.shape))).to(own.device)
+        shape = (len(own), self.loaded.heads(site.layer).n_heads, own.shape[-1])
+        return torch.from_numpy(draw(shape))[:, site.index].to(own.device)
 
     def _noised(self, key: Key, source: str, prompt: int, draw: int, site: Site) -> Tensor:
         ids = self.experiment_prompts[source].ids[prompt]
@@ -97,13 +105,12 @@ class Values:
         noise = noise.double() * 3 * weight.float().std()
         with hooks.on_output([(embedding, lambda output: output + noise.to(output.dtype))]):
             run = reference.forward(self.loaded, ids)
-        return self._at_positions(run.contributions[site])
+        return self._at_positions(run.ablatable(site))
 
 
-def _rounded(own: Tensor, key: Key, prompt: int) -> Tensor:
+def _rounded(own: Tensor, step: Tensor) -> Tensor:
     """Return the control's value: every number moved by about a unit in its last place up, down or not at all."""
-    step = key.generator("rounding", prompt).integers(-1, 2, tuple(own.shape), dtype=np.int8)
-    factor = 1 + 0.75 * torch.finfo(own.dtype).eps * torch.from_numpy(step).to(own.device).double()
+    factor = 1 + 0.75 * torch.finfo(own.dtype).eps * step.double()
     return (own.double() * factor).to(own.dtype)
 
 

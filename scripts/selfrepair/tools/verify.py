@@ -32,7 +32,7 @@ from selfrepair.storage import tables, tensors
 from selfrepair.tools import rederive
 
 COLUMNS = names(EFFECT, LOGIT, PROFILE, DIAGNOSTIC)
-_KEYS = ("experiment", "model", "source", "ablation", "layer", "component", "prompt", "draw")
+_KEYS = ("experiment", "model", "source", "ablation", "layer", "component", "head", "prompt", "draw")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Differenc
         loaded,
         {name: _prompts(base, name, loaded) for name in _datasets(base, chosen)},
         config["positions"],
-        frozenset(Site(one.row["layer"], one.row["component"]) for one in chosen),
+        frozenset(Site.from_row(one.row) for one in chosen),
     )
     for one in chosen:
         row, config = one.row, one.facts["config"]
@@ -124,7 +124,7 @@ def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Differenc
         expected = reference.effects(
             loaded,
             values.experiment_prompts[row["source"]].ids[row["prompt"]],
-            Site(row["layer"], row["component"]),
+            Site.from_row(row),
             values.value(row, config["seed"]),
             row["target"],
         )

@@ -4,7 +4,7 @@ Input: `tokens` (selfrepair.storage.schemas.TOKENS).
 Output: `layers`, one safetensors file per layer: attn, mlp [store prompts(, tokens), d_model] in the model's
 precision (residual multiplier included), prompt int32 [store prompts]; `clean` (selfrepair.storage.schemas.CLEAN), one
 row per source prompt, logits.
-Params: experiment, model, model_spec, model_digest, dataset, positions, layers, target, code.
+Params: experiment, model, model_spec, model_digest, dataset, positions, layers, heads, target, code.
 """
 
 import logging
@@ -50,7 +50,7 @@ def run(job: Job, session: Session) -> None:
     source = prompts.read(job.input["tokens"], "source")
     sources = [replace(prompt, target=_target(prompt, params["target"])) for prompt in source]
     rows = session.rows(loaded, sources, job.runtime)
-    heads = HEADS in params.get("components", ())
+    heads = params.get("heads", False)
     key = prompts.key(job.input["tokens"])
     choice = session.path(loaded, key, sources, positions)
     metadata = {

@@ -57,7 +57,7 @@ def run(job: Job, session: Session) -> None:
     if isinstance(ablation, EmbeddingNoise) and positions == "last":
         vectors = len(sources) * params["draws"] * (3 if heads else 2) * loaded.n_layers
         size = vectors * loaded.adapter.d_model * loaded.dtype.itemsize
-        ablation.kept = session.noise((key, ablation.key), size)
+        ablation.kept, ablation.heads = session.noise((key, ablation.key, heads), size), heads
     settings = Settings(sites, params["draws"], positions, choice.path, rows)
     started = time.perf_counter()
     measured = measure(loaded, runs, ablation, settings)
