@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from selfrepair.analysis import audit, layers, verdicts
 from selfrepair.analysis.ablation_table import ABLATIONS, AblationTotals
 from selfrepair.analysis.cells import CONTROL, Cell, read_cell, read_clean
+from selfrepair.analysis.conditions import Conditions
 from selfrepair.analysis.contribution import contributions
 from selfrepair.analysis.downstream import DOWNSTREAM, downstream_table
 from selfrepair.analysis.schema import floor_key, ordered, table
@@ -53,6 +54,7 @@ def run(job: Job, session: object) -> None:
             )
         source = sources[cell.source]
         source.add(cell)
+        source.conditions.add(tables.read_metadata(path))
         parallel = cell.layer in source.parallel
         for row in contributions(cell, source.clean_effects, parallel=parallel):
             rows["audit"].append(audit.audit_row(cell, row, parallel=parallel))
@@ -101,6 +103,8 @@ def _numerics(
     """Return the row of numerics.parquet of one data set, and log it."""
     own, own_compared = ([row for row in table if row["source"] == source.name] for table in (rows, compared))
     row = audit.numerics_row(own, own_compared, source.clean, source.facts)
+    warnings = [*([row["warning"]] if row["warning"] else []), *source.conditions.warnings()]
+    row["warning"] = "; ".join(warnings) or None
     for warning in (row["warning"], row["ablation_warning"]):
         if warning:
             log.warning("WARNING, data set %s: %s", source.name, warning.replace("; ", ";\n  "))
@@ -134,6 +138,7 @@ class _Source:
         self.subsets = self._subsets(params["seed"])
         self.bootstrap = self.subsets["all"][1]
         self.totals = AblationTotals()
+        self.conditions = Conditions()
         self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path
         self.ablated: dict[int, tuple[tuple[str, int | None], ...]] = {}  # layer -> components and heads
 
