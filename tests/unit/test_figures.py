@@ -402,6 +402,15 @@ def test_layers_in_words() -> None:
     assert wording.layers_of(rows) == "attention of layer 2 and the MLP of layers 0, 1"
 
 
+def test_heads_in_words() -> None:
+    row = {"layer": 3, "component": "head", "head": 5}
+    assert wording.site(row) == "head 5 of layer 3"
+    assert (
+        wording.layers_of([row, {"layer": 2, "component": "attn", "head": None}])
+        == "attention of layer 2 and 1 head"
+    )
+
+
 def test_script_json_cannot_close_its_element() -> None:
     text = figure.script_json({"a": "</script><!-- \u2028"})
     assert "<" not in text

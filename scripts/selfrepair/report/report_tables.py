@@ -52,7 +52,8 @@ def verdicts(results: Results) -> Table:
     """Return the verdict on every contribution of every source under its default ablation."""
     rows = []
     for row in results.defaults():
-        keys = [cell(row[name]) for name in ("source", "ablation", "layer", "component")]
+        name = row["component"] if row["head"] is None else f"head {row['head']}"
+        keys = [*(cell(row[key]) for key in ("source", "ablation", "layer")), cell(name)]
         kind = f"{row['class']} ({row['extent']})" if row["extent"] else row["class"]
         values = [interval(row, name) for name in ("delta_unembed", "drop", "loss", "repair", "norm")]
         shares = [interval(row, f"restoration{reading.suffix}") for reading in READINGS]

@@ -10,6 +10,7 @@ from selfrepair.analysis.verdicts import NOT_REPAIRABLE
 from selfrepair.report.figures.frames import CELL, default_ablation, order_ablations, table, without_control
 
 Row = dict[str, Any]
+KEYS = (*CELL, "head")  # `head` is null for a whole contribution
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Results:
 
     def strongest(self, row: Row) -> Row | None:
         """The strongest repairer of an ablated contribution; None if its interval includes 0."""
-        same = [pl.col(key) == row[key] for key in CELL]
+        same = [pl.col(key).eq_missing(row[key]) for key in KEYS]
         chosen = self.downstream.filter(pl.all_horizontal(same) & pl.col("strongest"))
         best = chosen.row(0, named=True) if chosen.height else None
         return best if best and excludes_zero(best, "low", "high") else None
@@ -76,7 +77,7 @@ def read(inputs: Mapping[str, Any]) -> Results:
 
 def _with_drop(verdicts: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
     means = layers.select(
-        *CELL,
+        *KEYS,
         drop=-pl.col("delta_ablate_mean"),
         drop_low=-pl.col("delta_ablate_high"),
         drop_high=-pl.col("delta_ablate_low"),
@@ -85,8 +86,10 @@ def _with_drop(verdicts: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         delta_unembed_high="delta_unembed_high",
         correlation="correlation",
     )
-    order = pl.col("layer"), pl.col("component")
-    return verdicts.join(means, on=CELL, how="left", maintain_order="left").sort("source", "ablation", *order)
+    order = pl.col("layer"), pl.col("component"), pl.col("head")
+    return verdicts.join(means, on=KEYS, how="left", nulls_equal=True, maintain_order="left").sort(
+        "source", "ablation", *order
+    )
 
 
 def excludes_zero(row: Mapping[str, Any], low: str, high: str) -> bool:

@@ -237,7 +237,7 @@ def agreement(results: Results) -> list[str]:
     sentences = []
     for source in results.sources:
         rows = results.verdicts.filter(pl.col("source") == source)
-        classes = rows.group_by("layer", "component").agg(pl.col("class").n_unique())["class"]
+        classes = rows.group_by("layer", "component", "head").agg(pl.col("class").n_unique())["class"]
         used = names(rows.to_dicts(), "ablation")
         sentences.append(
             f"On {source}, {int((classes == 1).sum())} of {len(classes)} contributions have the same class under all "

@@ -89,9 +89,9 @@ def read(paths: Inputs) -> Frames:
     ablations = prompts["ablation"].unique(maintain_order=True).to_list()
     components = set(prompts["component"])
     return Frames(
-        verdicts=without_control(table(paths.verdicts)),
-        layers=without_control(table(paths.layers)),
-        downstream=without_control(table(paths.downstream)),
+        verdicts=_whole(table(paths.verdicts)),
+        layers=_whole(table(paths.layers)),
+        downstream=_whole(table(paths.downstream)).filter(pl.col("downstream_component").is_in(COMPONENTS)),
         clean=clean,
         prompts=prompts,
         size=size,
@@ -102,6 +102,11 @@ def read(paths: Inputs) -> Frames:
         ablated=tuple(sorted(prompts["layer"].unique())),
         n_layers=len(clean["unembed_attn"][0]),
     )
+
+
+def _whole(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of real ablations of whole contributions: the figures do not show single heads."""
+    return without_control(frame).filter(pl.col("component").is_in(COMPONENTS))
 
 
 def _with_texts(paths: Inputs) -> pl.DataFrame:
@@ -151,7 +156,10 @@ def _average(
     keys = pl.col("source", "ablation", "component").cast(pl.String)
     parts, sizes, files = [], [], {}
     for path in cells:
-        flat = scan(path).select("draw", "prompt", "layer", keys, *EFFECT_COLUMNS).collect()
+        cell = scan(path).select("draw", "prompt", "layer", keys, *EFFECT_COLUMNS)
+        flat = cell.filter(pl.col("component").is_in(COMPONENTS)).collect()
+        if flat.is_empty():  # single heads only
+            continue
         files[flat["source"][0], flat["ablation"][0], flat["layer"][0]] = path
         squared = pl.col("delta_ablate").cast(pl.Float64) ** 2
         sizes.append(

@@ -9,10 +9,14 @@ from selfrepair.report.figures.figure import specification
 from selfrepair.report.figures.frames import Frames
 
 
+# Without its darkest end, which vanishes on a dark page.
+VIRIDIS = alt.SchemeParams(name="viridis", extent=[0.15, 1])
+
+
 def depth(legend: bool = True) -> alt.Color:
     """Return the colour scale of the ablated layer."""
     shown = alt.Legend(format="d", tickMinStep=1, gradientLength=180) if legend else None
-    return alt.Color("layer:Q", title="layer", scale=alt.Scale(scheme="viridis"), legend=shown)
+    return alt.Color("layer:Q", title="layer", scale=alt.Scale(scheme=VIRIDIS), legend=shown)
 
 
 def build(frames: Frames) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def layers_of(rows: Sequence[Mapping[str, Any]]) -> str:
         layers = sorted({row["layer"] for row in rows if row["component"] == component})
         if layers:
             parts.append(f"{name} of {'layer' if len(layers) == 1 else 'layers'} {ranges(layers)}")
+    if heads := sum(row.get("head") is not None for row in rows):
+        parts.append(plural(heads, "head"))
     return listing(parts) if parts else "none"
 
 
