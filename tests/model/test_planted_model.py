@@ -86,6 +86,10 @@ def test_only_the_layers_after_the_planted_ones_differ_from_the_first_model(mode
     assert all(name.startswith("model.layers.") for name in changed)
 
 
+def test_it_fits_into_the_repository() -> None:
+    assert sum(file.stat().st_size for file in PLANTED.iterdir()) < 10_000_000
+
+
 def test_it_still_knows_its_facts() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(PLANTED, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(PLANTED)

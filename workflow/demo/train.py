@@ -42,7 +42,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
-    """Byte-level BPE that puts the beginning-of-text token before every text; saved for ``AutoTokenizer``."""
+    """Train and save a byte-level BPE that puts the beginning-of-text token before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -81,7 +81,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path) -> None:
 
 
 def model_config(tokenizer: Any) -> LlamaConfig:
-    """8 layers of width 192, six heads that share two key-value heads."""
+    """Return the configuration: 8 layers of width 192, six heads that share two key-value heads."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -99,14 +99,14 @@ def model_config(tokenizer: Any) -> LlamaConfig:
 
 
 def shuffled_forever(documents: list[list[int]], rng: random.Random) -> Iterator[list[int]]:
-    """All documents in a new order, again and again."""
+    """Yield all documents in a new order, again and again."""
     while True:
         for index in rng.sample(range(len(documents)), len(documents)):
             yield documents[index]
 
 
 def fact_rows(documents: list[list[int]], length: int, rng: random.Random) -> Iterator[list[list[int]]]:
-    """Rows of whole sentences: the first of 64 waiting sentences that still fits goes in."""
+    """Yield rows of whole sentences: the first of 64 waiting sentences that still fits is added."""
     source = shuffled_forever(documents, rng)
     waiting = deque(next(source) for _ in range(64))
     while True:
@@ -121,7 +121,7 @@ def fact_rows(documents: list[list[int]], length: int, rng: random.Random) -> It
 
 
 def domain_rows(documents: list[list[int]], length: int, rng: random.Random) -> Iterator[list[list[int]]]:
-    """Rows that start at the beginning of a document or, every second time, somewhere inside it."""
+    """Yield rows that start at the beginning of a document or, every second time, inside it."""
     source = shuffled_forever(documents, rng)
     while True:
         row: list[list[int]] = []
@@ -135,7 +135,7 @@ def domain_rows(documents: list[list[int]], length: int, rng: random.Random) -> 
 
 
 def pack(rows: list[list[list[int]]], length: int, fill: int) -> Batch:
-    """Inputs, labels and positions (row, length) int64; additive mask (row, 1, length, length) float32."""
+    """Return inputs, labels, positions (row, length) int64 and the mask (row, 1, length, length) float32."""
     inputs = torch.full((len(rows), length), fill)
     labels = torch.full((len(rows), length), IGNORE)
     positions = torch.zeros((len(rows), length), dtype=torch.int64)
@@ -157,7 +157,7 @@ def pack(rows: list[list[list[int]]], length: int, fill: int) -> Batch:
 def batches(
     documents: dict[str, list[list[int]]], rows: int, fact_share: float, length: int, fill: int, seed: int
 ) -> Iterator[Batch]:
-    """Batches with the given share of fact rows and the domains in turn; the order follows from the seed."""
+    """Yield batches with the given share of fact rows and the domains in turn. The seed fixes the order."""
     streams = {
         name: (fact_rows if name == "facts" else domain_rows)(
             docs, length, random.Random(f"{seed}/rows/{name}")
@@ -175,7 +175,7 @@ def batches(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth of the peak."""
+    """Return the rate of a step: linear warm-up, then a cosine down to a fiftieth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -183,7 +183,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def make_optimizer(model: LlamaForCausalLM, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; only the matrices inside the layers decay."""
+    """Return AdamW. Only the matrices inside the layers decay."""
     decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     plain = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -191,7 +191,7 @@ def make_optimizer(model: LlamaForCausalLM, weight_decay: float) -> torch.optim.
 
 
 def export(model: LlamaForCausalLM, out: Path) -> None:
-    """The weights rounded to bfloat16, as a Hugging Face directory beside the tokenizer."""
+    """Write the weights, rounded to bfloat16, as a Hugging Face directory beside the tokenizer."""
     rounded = LlamaForCausalLM(LlamaConfig.from_dict(model.config.to_dict())).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = GenerationConfig(
@@ -226,7 +226,7 @@ def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: Any, progres
 
 
 def load_documents(corpus: Path, tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Token ids of all training texts, each between its beginning and end token."""
+    """Return the token ids of all training texts, each between its beginning and end token."""
     documents = {}
     for name in NAMES:
         texts = [record["text"] for record in read_jsonl(corpus / f"{name}.jsonl")]
@@ -235,13 +235,13 @@ def load_documents(corpus: Path, tokenizer: Any) -> dict[str, list[list[int]]]:
 
 
 def ensure_corpus(corpus: Path, data: Path) -> None:
-    """Generate the training texts unless they are there."""
+    """Generate the training texts unless the files exist."""
     if not all((corpus / f"{name}.jsonl").exists() for name in NAMES):
         make_data.write_all(data, corpus, make_data.SEED)
 
 
 def corpus_size(documents: dict[str, list[list[int]]]) -> dict[str, dict[str, int]]:
-    """Documents and tokens of every part of the corpus."""
+    """Return the number of documents and tokens of every part of the corpus."""
     return {name: {"documents": len(d), "tokens": sum(map(len, d))} for name, d in documents.items()}
 
 
@@ -254,7 +254,7 @@ def restore(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
 
 
 def update(model: Any, optimizer: torch.optim.Optimizer, batch: Batch, rate: float) -> float:
-    """One step of the optimizer; returns the mean loss per token."""
+    """Take one step of the optimizer and return the mean loss per token."""
     inputs, labels, positions, mask = batch
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -338,7 +338,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
