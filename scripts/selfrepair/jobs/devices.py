@@ -135,7 +135,7 @@ def try_lock(path: Path) -> IO[str] | None:
     try:
         # Not flock(): a child process, such as the worker, would keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, by system
         file.close()
         return None
     return file
