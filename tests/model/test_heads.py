@@ -135,7 +135,7 @@ def test_a_block_without_heads_keeps_the_rest_measurable():
     assert loaded.adapter.layers[1].heads is not None  # the attention layers of the hybrid
 
 
-@pytest.mark.parametrize("name", [n for n in trained_like.VARIANTS if n != "self_attending"])
+@pytest.mark.parametrize("name", trained_like.VARIANTS)
 def test_heads_of_trained_like_models_are_found(name):
     loaded = wrap(trained_like.VARIANTS[name]())
     assert loaded.adapter.no_heads is None

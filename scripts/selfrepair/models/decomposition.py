@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from selfrepair.models import hooks
 from selfrepair.models.adapter import LayerAdapter, NoDecompositionError, snapped
-from selfrepair.models.probes import Streams, feeding
+from selfrepair.models.probes import Streams, feeding, run_layers
 from selfrepair.models.trace import LayerTrace, SubmoduleOutput, Trace
 
 
@@ -115,7 +115,7 @@ def _replaced(
     ]
     layer_outputs = [(layer, returning(number)) for number, layer in enumerate(layers)]
     with feeding(layers, streams.inputs), hooks.on_output([*outputs, *layer_outputs]):
-        model(input_ids=streams.ids, use_cache=False)
+        run_layers(model, layers, streams.ids)
     checked = []
     for number, pair in enumerate(pairs):
         if number not in noise:

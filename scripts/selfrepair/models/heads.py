@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from selfrepair.models import attention, hooks
 from selfrepair.models.adapter import HeadSplit, LayerAdapter, text_config, tolerance
-from selfrepair.models.probes import Streams, feeding
+from selfrepair.models.probes import Streams, feeding, run_layers
 
 _LONGEST_TAIL = 3  # modules between projection and contribution
 _SAME_HEAD = 1e-3  # largest relative error of x(1) with one weight per head, for models in float32 or float64
@@ -129,9 +129,9 @@ def _pass(
     with feeding(layers, inputs):
         if attention.supported(model):
             with attention.watching(model, watch):
-                model(input_ids=streams.ids, use_cache=False)
+                run_layers(model, layers, streams.ids)
         else:
-            model(input_ids=streams.ids, use_cache=False)
+            run_layers(model, layers, streams.ids)
 
 
 def _trace_back(
@@ -356,7 +356,7 @@ def _verified(
         (layers[number].get_submodule(adapters[number].attn), returning(number)) for number in open_layers
     ]
     with hooks.on_input(inputs), hooks.on_output(outputs), feeding(layers, streams.inputs):
-        model(input_ids=streams.ids, use_cache=False)
+        run_layers(model, layers, streams.ids)
     splits = list(splits)
     for number, split in open_layers.items():
         expected = noise[number].reshape(1, -1, noise[number].shape[-1])

@@ -91,6 +91,16 @@ def feeding(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[N
         yield
 
 
+def run_layers(model: PreTrainedModel, layers: Sequence[nn.Module], ids: Tensor) -> None:
+    """Run a forward pass on `ids` (row, T) that ends after the last layer: the unembedding costs as much as layers."""
+
+    def stop(_output: Any) -> None:
+        raise hooks.StopForward
+
+    with hooks.on_output([(layers[-1], stop)]):
+        hooks.run_until_stopped(model, input_ids=ids, use_cache=False)
+
+
 def _own_streams(
     model: PreTrainedModel, layers: Sequence[nn.Module], ids: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
@@ -114,7 +124,7 @@ def _own_streams(
         hooks.on_input([(layer, reads(number)) for number, layer in enumerate(layers)]),
         hooks.on_output([(layer, returns(number)) for number, layer in enumerate(layers)]),
     ):
-        model(input_ids=ids, use_cache=False)
+        run_layers(model, layers, ids)
     name = type(model).__name__
     silent = [number for number in range(len(layers)) if number not in read or number not in returned]
     if silent:

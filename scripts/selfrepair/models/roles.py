@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from selfrepair.models import hooks
 from selfrepair.models.adapter import Adapter, NoDecompositionError, decoder_layers
-from selfrepair.models.probes import Streams, feeding, random_streams
+from selfrepair.models.probes import Streams, feeding, random_streams, run_layers
 
 _YES, _SOME, _NO = 30.0, 10.0, 3.0  # in units of rounding
 _APART = 100.0  # a change above _SOME is also clear if it is this many times the other contribution's change
@@ -114,7 +114,7 @@ def _run(
         for which, path in enumerate(pair)
     ]
     with feeding(layers, inputs), hooks.on_output(outputs):
-        model(input_ids=ids, use_cache=False)
+        run_layers(model, layers, ids)
     return seen
 
 
