@@ -28,7 +28,6 @@ AMPLIFIED = "amplified"
 UNDECIDED = "undecided"
 CLASSES = (REPAIRED, AMPLIFIED, UNDECIDED, NO_DIRECT_PATH, NOTHING_DOWNSTREAM)
 NOT_REPAIRABLE = (NO_DIRECT_PATH, NOTHING_DOWNSTREAM)  # restoration is null
-EXTENTS = ("partial", "full", "over")
 
 Row = dict[str, Any]
 
