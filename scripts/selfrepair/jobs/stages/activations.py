@@ -1,9 +1,9 @@
 """Stage `activations`: one clean run over a data set.
 
 Input: `tokens` (selfrepair.storage.schemas.TOKENS).
-Output: `layers`, one safetensors file per layer: attn, mlp [store prompts(, tokens), d_model] in the model's
-precision (residual multiplier included), prompt int32 [store prompts]; `clean` (selfrepair.storage.schemas.CLEAN), one
-row per source prompt, logits.
+Output: `layers`, one safetensors file per layer, in the model's precision: attn, mlp [store prompts(, tokens), d_model],
+residual multiplier included; heads (if heads are ablated), the input of the attention's output projection; prompt
+int32 [store prompts]. `clean` (selfrepair.storage.schemas.CLEAN), one row per source prompt, logits.
 Params: experiment, model, model_spec, model_digest, dataset, positions, layers, heads, target, code.
 """
 
@@ -42,7 +42,7 @@ def run(job: Job, session: Session) -> None:
     loaded = session.model(ModelSpec(**params["model_spec"]), params.get("model_digest"))
     if loaded.n_layers != params["layers"]:
         raise InputError(
-            f"has {loaded.n_layers} layers, its config.json said {params['layers']}",
+            f"has {loaded.n_layers} layers, but its config.json named {params['layers']}",
             where=params["model_spec"]["path"],
             remedy="run the same command again: the model changed in between.",
         )
@@ -68,7 +68,7 @@ def run(job: Job, session: Session) -> None:
         **provenance.facts_of(loaded),
     }
     answers = {row.id: row.answer for row in source}
-    order = {row.id: place for place, row in enumerate(source)}
+    order = {row.id: number for number, row in enumerate(source)}
     runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads)
     table = [entry for number in range(len(runs.batches)) for entry in _rows(runs.readings(number), answers)]
     table.sort(key=lambda entry: order[entry["prompt"]])
@@ -78,7 +78,7 @@ def run(job: Job, session: Session) -> None:
         entry.update(experiment=params["experiment"], model=params["model"], source=params["dataset"])
     columns = {name: [entry[name] for entry in table] for name in schemas.CLEAN.names}
     _store(job, loaded, positions, rows, heads, metadata)
-    # Last: its presence tells that everything before it was written.
+    # Written last: if the clean table exists, every file before it was written.
     tables.write(job.output["clean"], columns, schemas.CLEAN, metadata)
     worst = max(entry["closure_error"] for entry in table)
     log.info("%s: %d source prompts, closure error at most %.2g", params["dataset"], len(table), worst)
@@ -88,37 +88,37 @@ def _target(prompt: Prompt, target: str) -> int | None:
     return prompt.answer if target == "answer" else None
 
 
-def _rows(found: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str, Any]]:
-    """One clean row per prompt of a run."""
+def _rows(clean: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str, Any]]:
+    """Yield one row of the clean table per prompt of a run."""
     columns = {
-        "target": found.direction.target,
-        "target_probability": found.probability,
-        "clean_logit": found.clean_y + found.direction.constant,
-        "sigma": found.direction.sigma,
-        "embedding_effect": found.embedding_effect,
-        "unembed_attn": found.effects["attn"],
-        "unembed_mlp": found.effects["mlp"],
-        "unembed_own_norm_attn": found.own_norm["attn"],
-        "unembed_own_norm_mlp": found.own_norm["mlp"],
-        "closure_error": found.closure_error,
-        "readout_error": found.readout_error,
+        "target": clean.direction.target,
+        "target_probability": clean.probability,
+        "clean_logit": clean.clean_y + clean.direction.constant,
+        "sigma": clean.direction.sigma,
+        "embedding_effect": clean.embedding_effect,
+        "unembed_attn": clean.effects["attn"],
+        "unembed_mlp": clean.effects["mlp"],
+        "unembed_own_norm_attn": clean.own_norm["attn"],
+        "unembed_own_norm_mlp": clean.own_norm["mlp"],
+        "closure_error": clean.closure_error,
+        "readout_error": clean.readout_error,
     }
     values = {name: column.cpu().tolist() for name, column in columns.items()}
-    argmax = found.argmax.cpu().tolist()
-    for place, prompt in enumerate(found.prompts):
+    argmax = clean.argmax.cpu().tolist()
+    for number, prompt in enumerate(clean.prompts):
         answer = answers[prompt]
         yield {
             "prompt": prompt,
-            "n_tokens": found.length,
-            "correct": None if answer is None else argmax[place] == answer,
-            **{name: column[place] for name, column in values.items()},
+            "n_tokens": clean.length,
+            "correct": None if answer is None else argmax[number] == answer,
+            **{name: column[number] for name, column in values.items()},
         }
 
 
 def _store(
     job: Job, loaded: LoadedModel, positions: str, rows: int, heads: bool, metadata: dict[str, Any]
 ) -> None:
-    """Write the store prompts' contributions, layer by layer."""
+    """Write the activations of the store prompts, one file per layer."""
     stored = prompts.read(job.input["tokens"], "store")
     kept = sum(len(row.input_ids) if positions == "all" else 1 for row in stored)
     one_vector = loaded.adapter.d_model * loaded.dtype.itemsize
@@ -126,7 +126,7 @@ def _store(
     if positions == "all":
         # On the device: the residual stream and two contributions of each of these layers.
         rows = min(rows, _HELD // ((4 if heads else 3) * one_vector * min(at_once, loaded.n_layers)))
-    order = {row.id: place for place, row in enumerate(stored)}
+    order = {row.id: number for number, row in enumerate(stored)}
     for first in range(0, loaded.n_layers, at_once):
         layers = range(first, min(first + at_once, loaded.n_layers))
         parts: dict[tuple[int, str], list[torch.Tensor]] = {}
@@ -139,10 +139,10 @@ def _store(
             for layer, value in clean.head_inputs.items():
                 parts.setdefault((layer, HEADS), []).append(value.flatten(-2).cpu())
         # Back into the table's order: batches follow the prompts' lengths.
-        places = torch.tensor([order[number] for number in ids]).argsort()
+        numbers = torch.tensor([order[number] for number in ids]).argsort()
         for layer in layers:
             values = {"prompt": torch.tensor([row.id for row in stored], dtype=torch.int32)}
             for component in (*COMPONENTS, HEADS) if heads else COMPONENTS:
-                value = torch.cat(parts.pop((layer, component)))[places]
+                value = torch.cat(parts.pop((layer, component)))[numbers]
                 values[component] = value if positions == "all" else value[:, 0]
             tensors.write(job.output["layers"][layer], values, {**metadata, "layer": layer})
