@@ -5,9 +5,7 @@ from pathlib import Path
 import prose
 import pytest
 
-# Files whose texts are still to be rewritten. Remove a file as soon as it is clean.
-PENDING = set((Path(prose.__file__).parent / "prose_pending.txt").read_text().split())
-FILES = [path for path in prose.files() if str(path.relative_to(prose.ROOT)) not in PENDING]
+FILES = prose.files()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(prose.ROOT)))
