@@ -1,7 +1,7 @@
 """Stage `activations`: one clean run over a data set.
 
 Input: `tokens` (selfrepair.storage.schemas.TOKENS).
-Output: `layers`, one safetensors file per layer, in the model's precision: attn, mlp [store prompts(, tokens), d_model],
+Output: `layers`, one safetensors file per layer in the model's precision: attn, mlp [store prompts(, tokens), d_model],
 residual multiplier included; heads (if heads are ablated), the input of the attention's output projection; prompt
 int32 [store prompts]. `clean` (selfrepair.storage.schemas.CLEAN), one row per source prompt, logits.
 Params: experiment, model, model_spec, model_digest, dataset, positions, layers, heads, target, code.
