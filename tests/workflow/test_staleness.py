@@ -61,8 +61,8 @@ ALL_CELLS = [  # of experiment `all`
 
 def aggregates(*experiments: str, rules: tuple[str, ...] = AGGREGATES) -> Planned:
     """The jobs behind the cells."""
-    first = {"manifest": "manifest.parquet", "summary": "numerics.parquet", "report": "report.html"}
-    first["figures"] = "figures/scatter-by-layer.html"
+    first = {"manifest": "manifest.parquet", "summary": "summary/layers.parquet", "report": "report.html"}
+    first["figures"] = "figures/restoration-by-layer.html"
     found: Planned = {}
     for rule, experiment in itertools.product(rules, experiments):
         # Experiments with other figures have a rule of their own.
