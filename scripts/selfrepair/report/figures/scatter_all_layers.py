@@ -8,7 +8,6 @@ from selfrepair.report.figures import controls, points, regions, scales, theme, 
 from selfrepair.report.figures.figure import specification
 from selfrepair.report.figures.frames import Frames
 
-
 # Without its darkest end, which vanishes on a dark page.
 VIRIDIS = alt.SchemeParams(name="viridis", extent=[0.15, 1])
 
