@@ -149,7 +149,7 @@ def test_rows_that_run_out_of_memory_are_halved(loaded, positions, path, monkeyp
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_a_clean_run_out_of_memory_is_made_in_halves(loaded, positions, monkeypatch):
     batch = Batch(tuple(prompts(5, "all")))
-    whole = runs.run_batch(loaded, batch, positions=positions, keep=None, prefix=True)
+    whole = runs.run_batch(loaded, batch, positions=positions, keep=None, prefix=True, heads=True)
 
     def small(loaded, numbers, *args, **settings):
         if len(numbers) > 2:
@@ -157,7 +157,7 @@ def test_a_clean_run_out_of_memory_is_made_in_halves(loaded, positions, monkeypa
         return clean_run(loaded, numbers, *args, **settings)
 
     monkeypatch.setattr(runs, "clean_run", small)
-    joined = runs.run_batch(loaded, batch, positions=positions, keep=None, prefix=True)
+    joined = runs.run_batch(loaded, batch, positions=positions, keep=None, prefix=True, heads=True)
     assert joined.prompts == whole.prompts == [0, 1, 2, 3, 4]
     for item in dataclasses.fields(whole):
         compare(getattr(joined, item.name), getattr(whole, item.name), item.name)
