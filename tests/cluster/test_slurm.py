@@ -106,7 +106,7 @@ GROUPS = 3  # zero, replace-a, self
 def test_a_small_grid_is_that_of_a_local_run(
     local: Project, directory: Path, profile: str, devices: int, loads: int
 ) -> None:
-    """The plugin runs every cell as a job step with a Snakemake and a worker of its own."""
+    """The plugin runs every cell as a job step, with which SLURM may end the worker."""
     for part in ("Snakefile", "workflow", "scripts", "envs", "profiles", "model", "a.jsonl"):
         (shutil.copytree if (local.path / part).is_dir() else shutil.copy)(
             local.path / part, directory / part
@@ -136,7 +136,8 @@ def test_a_small_grid_is_that_of_a_local_run(
         f"median time between two cells {steps[len(steps) // 2]:.2f} s"
     )
     starts = sum(len(re.findall("loading model", log)) for log in logs)
-    assert starts <= loads if devices > 1 else starts == loads
+    # A device may get no cell of a group. Without control groups a worker survives the plugin's job steps.
+    assert GROUPS <= starts <= loads
     wait_for(lambda: not cluster.workers(), 20)  # ended with their batch jobs
     cluster.close()
 
