@@ -341,10 +341,11 @@ def test_source_prompts_run_once(tmp_path, positions, monkeypatch):
     calls = []
     real = runs.clean_run
     monkeypatch.setattr(runs, "clean_run", lambda *a, **k: calls.append(a[1]) or real(*a, **k))
-    kept = [experiment.cell("zero", layer) for layer in (1, 3)]
+    components = ("attn", "mlp", "heads")  # the activations were taken for all three
+    kept = [experiment.cell("zero", layer, components) for layer in (1, 3)]
     assert calls == []
     experiment.session = _Session(experiment.loaded)
-    assert [experiment.cell("zero", layer) for layer in (1, 3)] == kept
+    assert [experiment.cell("zero", layer, components) for layer in (1, 3)] == kept
     assert {prompt for batch in calls for prompt in batch} == set(range(N_SOURCE))
 
 

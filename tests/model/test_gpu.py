@@ -74,7 +74,9 @@ def ablation(kind: str, loaded, positions: str, length: int, rows: int):
         return EmbeddingNoise(key, loaded, positions, rows)
     if kind.startswith("replace-"):
         return Replace(key, N_DRAWS, list(range(6)), values)
-    moments = {place: torch.rand(d_model, generator=torch.Generator().manual_seed(1)) for place in values}
+    moments = {
+        place: torch.rand(kept, d_model, generator=torch.Generator().manual_seed(1)) for place in values
+    }
     return Gaussian(key, moments, moments) if kind == "gaussian" else Random(key, moments)
 
 

@@ -80,12 +80,12 @@ def test_files_from_the_future_and_the_past(project: Project, undisturbed: dict[
 
 @pytest.fixture
 def small_disk(project: Project) -> Iterator[Path]:
-    """`results/` on a disk of its own, of one megabyte."""
+    """`results/` on a disk of its own, of 40 megabytes: enough for what the run is expected to need."""
     results = project.path / "results"
     results.mkdir()
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("mounting a small disk takes root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", results], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", results], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"this root may not mount: {mounted.stderr.decode().strip()}")
     yield results
@@ -100,7 +100,8 @@ def test_a_full_and_a_read_only_disk(project: Project, small_disk: Path, undistu
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
 
     noise = random.Random(0).randbytes(1 << 20).hex()  # does not compress to less than half
-    project.behave(content=('"ablation": "zero"', noise))
+    # Another program fills the disk after the run has started: one megabyte is left.
+    project.behave(content=('"ablation": "zero"', noise), fill=('"dataset": "b"', 1 << 20))
     said = project.snakemake("--keep-going", status=1)
     assert "cannot be written (No space left on device)" in said
     assert "What to do: free some space" in said and "Traceback" not in said
@@ -108,6 +109,7 @@ def test_a_full_and_a_read_only_disk(project: Project, small_disk: Path, undistu
     assert "run the same command again" in said
     assert not faults.leftovers(project)
     project.behave()
+    (small_disk / "filler").unlink()
     project.snakemake()
     assert faults.contents(project) == undisturbed
 

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -135,8 +134,12 @@ def cuda_devices() -> int:
 def _disk(config: Config) -> Iterator[InputError]:
     directory = Path(grid.RESULTS) if Path(grid.RESULTS).exists() else Path(".")
     needed, free = sum(map(disk_bytes, estimates(config))), shutil.disk_usage(directory).free
+    # What earlier runs of these experiments have written is part of what is needed.
     present = sum(
-        os.path.getsize(path) for path in map(grid.cell_path, grid.cells(config)) if os.path.exists(path)
+        path.lstat().st_size
+        for experiment in config.experiments
+        for path in Path(grid.RESULTS, experiment).rglob("*")
+        if path.is_file()
     )
     if _MARGIN * (needed - present) > free:
         what = f"has {free / 1e9:.3g} GB free, but the results need about {needed / 1e9:.3g} GB"
