@@ -101,7 +101,7 @@ def test_a_full_and_a_read_only_disk(project: Project, small_disk: Path, undistu
 
     noise = random.Random(0).randbytes(1 << 20).hex()  # does not compress to less than half
     # Another program fills the disk after the run has started: one megabyte is left.
-    project.behave(content=('"ablation": "zero"', noise), fill=('"dataset": "b"', 1 << 20))
+    project.behave(content=('"ablation": "zero"', noise), fill=('"dataset": "a"', 1 << 20))
     said = project.snakemake("--keep-going", status=1)
     assert "cannot be written (No space left on device)" in said
     assert "What to do: free some space" in said and "Traceback" not in said
