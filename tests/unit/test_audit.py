@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import synthetic
 from selfrepair.analysis import audit
@@ -88,6 +89,7 @@ def planted(**changes):
         "rows": 10,
         "effect_rms": 1.0,
         "effect_max": 2.0,
+        "selftest_error": 1e-7,
         "ledger_error_max": 1e-6,
         "ledger_row": "here",
         "downstream_error_max": 1e-6,
@@ -115,6 +117,9 @@ def planted(**changes):
         ({"downstream_error_max": 1.1e-3}, False, False, "downstream"),
         ({"effect_rms": 1.9e-5, "ledger_error_max": 0.0, "downstream_error_max": 0.0}, False, False, "noise"),
         ({"effect_rms": 2.1e-5, "ledger_error_max": 0.0, "downstream_error_max": 0.0}, False, False, None),
+        ({"selftest_error": 0.051}, False, False, "self-test"),
+        ({"selftest_error": 0.049}, False, False, None),
+        ({"selftest_error": math.nan}, False, False, None),  # not recorded
     ],
 )
 def test_flags_change_at_their_thresholds(changes, off_manifold, not_clean, warning):
@@ -128,6 +133,35 @@ def test_a_small_contribution_is_not_hidden_by_a_large_one():
     rows += [row | {"layer": 0} for row in planted(effect_rms=10.0, ledger_error_max=0.001)]
     warned = {row["layer"]: row["warning"] for row in audit.compare(rows, {"s": "float32"})}
     assert warned == {1: "ledger", 0: None}
+
+
+def test_a_self_test_is_compared_with_each_contribution_and_counted():
+    """An error of 0.02 logits is 0.2 % of effects of 10 logits, 4 % of 0.5 and 8 % of 0.25: one of three is warned."""
+    rows = [
+        row | {"layer": layer}
+        for layer, effect in enumerate((10.0, 0.5, 0.25))
+        for row in planted(effect_rms=effect, selftest_error=0.02)
+    ]
+    compared = audit.compare(rows, {"s": "float32"})
+    assert [row["selftest_to_effect"] for row in compared] == pytest.approx([0.002, 0.04, 0.08])
+    assert [row["warning"] for row in compared] == [None, None, "self-test"]
+    clean = pa.table(
+        {"experiment": ["e"], "model": ["m"], "source": ["s"], "closure_error": [0.0], "readout_error": [0.0]}
+    )
+    numerics = audit.numerics_row(rows, compared, clean, {})
+    assert numerics["contributions_warned"] == 1
+    assert numerics["warning"] == (
+        "the self-test's error is high: the engine and full forward passes differ by 0.02 logits at "
+        "ablation=random layer=2 component=mlp, where the effects' rms is 0.25 (1 of 3 contributions)"
+    )
+
+
+def test_the_self_test_is_the_one_that_the_cells_record(run):
+    audited = table(run, "audit")
+    assert set(audited["selftest_error"]) == {1.5e-6}
+    assert audited["selftest_to_effect"].to_list() == pytest.approx(
+        (1.5e-6 / audited["effect_rms"]).to_list()
+    )
 
 
 def test_a_tolerance_for_16_bits():

@@ -21,6 +21,7 @@ from selfrepair.analysis.thresholds import (
     MAX_REPLACEMENT_SHARE,
     MIN_LOSS_TO_NOISE,
     NOISE_TOLERANCE,
+    SELFTEST_TOLERANCE,
 )
 
 _16_BIT = ("bfloat16", "float16")
@@ -33,6 +34,11 @@ AUDIT = pa.schema(
         ("effect_rms", pa.float64()),  # logits, of delta_ablate
         ("noise_floor_rms", pa.float64()),  # logits, of the control at the same source, layer and component
         ("noise_to_effect", pa.float64()),
+        (
+            "selftest_error",
+            pa.float64(),
+        ),  # logits: the engine's path against full forward passes, on the cell's source
+        ("selftest_to_effect", pa.float64()),
         ("ledger_error_max", pa.float64()),  # logits: |delta_ablate - its four terms|
         ("ledger_row", pa.string()),  # where
         # logits: |compensation - sum of its list|, or any change of a contribution that is not downstream
@@ -78,8 +84,10 @@ NUMERICS = pa.schema(
 Row = dict[str, Any]
 
 
-def audit_row(cell: Cell, row: Contribution, *, parallel: bool) -> Row:
+def audit_row(cell: Cell, row: Contribution, *, parallel: bool, selftest_error: float | None) -> Row:
     """Return a row of AUDIT from the rows of one ablated contribution, without what depends on the control.
+
+    `selftest_error` (logits) is what the cell records of its engine's path; None if it records nothing.
 
     The key `noise_floor_max` is not a column: the largest |delta_ablate|, for the control.
     """
@@ -91,6 +99,7 @@ def audit_row(cell: Cell, row: Contribution, *, parallel: bool) -> Row:
         "rows": row.drop.size,
         "effect_rms": float(np.sqrt(np.square(row.drop).mean())),
         "effect_max": float(abs(row.drop).max()),
+        "selftest_error": np.nan if selftest_error is None else selftest_error,
         "ledger_error_max": float(error.max()),
         "ledger_row": cell.row_name(index, int(worst[0]), int(worst[1])),
         "downstream_error_max": _downstream_error(cell, index, row, parallel=parallel),
@@ -128,7 +137,7 @@ def compare(rows: Sequence[Row], dtypes: Mapping[str, str | None]) -> list[Row]:
 
 
 def _compared(row: Row, floor: float, dtype: str | None) -> Row:
-    effect, ratio = row["effect_rms"], row["norm_ratio_median"]
+    effect, ratio, selftest = row["effect_rms"], row["norm_ratio_median"], row["selftest_error"]
     off = None
     if row["ablation"] != _REMOVES_ALL and np.isfinite(ratio):
         off = bool(ratio > MAX_NORM_RATIO or ratio < 1 / MAX_NORM_RATIO)
@@ -143,9 +152,12 @@ def _compared(row: Row, floor: float, dtype: str | None) -> Row:
         messages.append("downstream")
     if floor > NOISE_TOLERANCE * effect:
         messages.append("noise")
+    if selftest > SELFTEST_TOLERANCE * effect:
+        messages.append("self-test")
     return row | {
         "noise_floor_rms": floor,
         "noise_to_effect": floor / effect if effect else np.nan,
+        "selftest_to_effect": selftest / effect if effect else np.nan,
         "off_manifold": off,
         "not_clean": bool(clear and row["replacement_share"] > MAX_REPLACEMENT_SHARE),
         "warning": ", ".join(messages) or None,
@@ -221,6 +233,11 @@ def _warnings(rows: Sequence[Row], compared: Sequence[Row]) -> list[str]:
             "noise",
             "noise_floor_rms",
             "the noise floor is high: replacing a contribution by itself moves the logit",
+        ),
+        (
+            "self-test",
+            "selftest_error",
+            "the self-test's error is high: the engine and full forward passes differ",
         ),
     )
     for kind, column, sentence in kinds:

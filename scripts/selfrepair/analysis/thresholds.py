@@ -25,3 +25,4 @@ LEDGER_TOLERANCE_16_BIT = (
     0.05  # each sum of the residual stream is rounded to 16 bits, the contributions are not
 )
 NOISE_TOLERANCE = 0.05
+SELFTEST_TOLERANCE = 0.05

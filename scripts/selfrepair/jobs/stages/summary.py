@@ -54,10 +54,12 @@ def run(job: Job, session: object) -> None:
             )
         source = sources[cell.source]
         source.add(cell)
-        source.conditions.add(tables.read_metadata(path))
+        facts = tables.read_metadata(path)
+        source.conditions.add(facts)
+        selftest = (facts.get("engine") or {}).get("selftest_error")
         parallel = cell.layer in source.parallel
         for row in contributions(cell, source.clean_effects, parallel=parallel):
-            rows["audit"].append(audit.audit_row(cell, row, parallel=parallel))
+            rows["audit"].append(audit.audit_row(cell, row, parallel=parallel, selftest_error=selftest))
             if cell.ablation == CONTROL:  # not an ablation: it gives the noise floors
                 continue
             rows["layers"] += layers.layer_rows(row, source.subsets)
