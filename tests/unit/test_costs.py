@@ -112,11 +112,11 @@ def test_too_little_disk_is_a_warning(
 ) -> None:
     monkeypatch.chdir(root)
     (root / "config.yaml").write_text(yaml.safe_dump(projects.raw()))
-    assert estimate.main(["--no-calibration"]) == 0
+    assert estimate.main(["--no-times"]) == 0
     said = capsys.readouterr().out
     assert "grid / demo: 96 cells" in said and "WARNING" not in said
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage)
-    assert estimate.main(["--no-calibration"]) == 3
+    assert estimate.main(["--no-times"]) == 3
     assert "WARNING: the results need about" in capsys.readouterr().out
     assert estimate.main(["--configfile", "nowhere.yaml"]) == 1

@@ -41,7 +41,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         length = lengths[dataset]
         per_row = length if everywhere else 1.0
         # Once on one machine; on a cluster each batch job's worker makes its source's clean runs again.
-        clean += (experiment.samples + experiment.store) * length * _forward(size, length)
+        clean += (experiment.samples + experiment.store) * length * forward_operations(size, length)
         stored += experiment.store * per_row
         kept += (
             experiment.samples
@@ -57,7 +57,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
                     rows += count
                     cells += count * per_row * above * _layer(size, length)
             if ablation == "noise":  # a run of its own per draw: once per source if kept, else once per cell
-                runs = experiment.samples * draws * length * _forward(size, length)
+                runs = experiment.samples * draws * length * forward_operations(size, length)
                 noise += runs * (len(layers) / 2 if everywhere else 1)
     n_cells = len(experiment.datasets) * len(ablations) * len(layers)
     sources = len(experiment.datasets) * experiment.samples
@@ -93,7 +93,7 @@ def _layer(size: Size, length: float) -> float:
     return 2 * size.per_layer + 4 * length * size.width
 
 
-def _forward(size: Size, length: float) -> float:
+def forward_operations(size: Size, length: float) -> float:
     """Operations of one token in all layers; a token of a whole prompt attends to half of it."""
     return size.layers * _layer(size, length / 2)
 
@@ -125,5 +125,5 @@ def minutes(experiment: Experiment, model: Model, stage: str, attempt: int, leng
         seconds = tokens * size.layers * _layer(size, length) / speed + 30
     else:
         tokens = 2.0 * (experiment.samples + experiment.store) * length
-        seconds = tokens * _forward(size, length) / speed + size.weights / _LOADING + 300
+        seconds = tokens * forward_operations(size, length) / speed + size.weights / _LOADING + 300
     return int((1 + seconds / 60) * 2 ** (attempt - 1))
