@@ -5,6 +5,7 @@ operations and the measured speed of one matrix product (`selfrepair.planning.du
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -118,8 +119,8 @@ def report(config: Config, device: str | None, times: bool) -> list[str]:
     print(f"together: {sum(cost.cells for cost in models)} cells, {disk} of disk{expected}")
     if times:
         print(
-            f"Times are estimates for this machine ({usable_cpus()} cores, as busy as it is now). The fixed costs in "
-            "them were measured on two cores without a GPU."
+            f"Times are estimates for this machine ({usable_cpus()} cores, load {os.getloadavg()[0]:.1f}), as busy as "
+            "it is now. The fixed costs in them were measured on two cores without a GPU."
         )
     return _warnings(config, models, device, times)
 
