@@ -122,7 +122,8 @@ def test_every_row_adds_up(page, rows):
 def test_noise(page, rows):
     found = page["noise"].rows()
     assert len(found) == 12
-    for experiment, source, control, rms in found:
+    for experiment, model, source, control, rms in found:
+        assert model == "demo"
         group = select(rows, experiment=experiment, source=source)
         values = [row["delta_ablate"] for row in group if (row["ablation"] == "self") == control]
         assert rms == pytest.approx(np.sqrt(np.mean(np.square(values))), rel=1e-6)
@@ -242,7 +243,7 @@ def test_the_contributions_that_are_repaired_most(results):
     ]
     lows = sorted((row["restoration_low"] for row in verdicts if row["class"] == "repaired"), reverse=True)
     assert namespace["top"]["restoration_low"].to_list() == lows[:10] and len(lows) >= 10
-    assert "shape: (10, 7)" in printed[0]
+    assert "shape: (10, 8)" in printed[0]
 
 
 def test_all_drops_at_once(results, rows):

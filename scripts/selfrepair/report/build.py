@@ -65,7 +65,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
 
 def _sections(results: Results) -> list[Section]:
     details = [] if len(results.sources) == 1 else results.sources
-    who = [text for source in details for text in _largest_loss(results, source)]
+    who = [text for source in details for text in _responsibility(results, source)]
     return [
         Section(
             "repaired", "How much of each contribution is repaired?", tables=[report_tables.verdicts(results)]
@@ -95,9 +95,9 @@ def _sections(results: Results) -> list[Section]:
     ]
 
 
-def _largest_loss(results: Results, source: str) -> list[str]:
+def _responsibility(results: Results, source: str) -> list[str]:
     rows = results.repairable(source)
-    return sentences.responsibility(results, max(rows, key=lambda row: abs(row["loss"]))) if rows else []
+    return sentences.responsibility(results, sentences.example(rows)) if rows else []
 
 
 def _measured(facts: Mapping[str, Any]) -> dict[str, Any]:

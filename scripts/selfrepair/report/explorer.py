@@ -51,8 +51,6 @@ def payload(results: Results, points: pl.DataFrame, tokens: Sequence[str]) -> di
             )
     total = results.clean.height
     sampled = (
-        f"{len(prompts)} of {total} prompts, evenly spaced."
-        if len(prompts) < total
-        else f"All {total} prompts."
+        f"The table has {len(prompts)} of {total} prompts, evenly spaced." if len(prompts) < total else ""
     )
     return {"ablations": defaults, "sites": sites, "terms": TERMS, "prompts": prompts, "sampled": sampled}

@@ -141,7 +141,9 @@ def _reading(results: Results, name: str, suffix: str) -> list[str]:
     repaired = [row for row in rows if row[f"class{suffix}"] == REPAIRED]
     if repaired:
         best = max(repaired, key=lambda row: row[f"restoration{suffix}"])
-        sentence += f", at most {estimate(best, f'restoration{suffix}')} after ablating {at(results, best)}"
+        sentence += (
+            f"; the largest restoration is {estimate(best, f'restoration{suffix}')}, of {at(results, best)}"
+        )
     return [sentence + "."]
 
 
@@ -201,26 +203,51 @@ def _largest(results: Results, rows: dict[str, Row], name: str, words: str) -> s
 
 
 def repairers(results: Results) -> list[str]:
-    """Return what later contributions do after the ablation with the largest direct loss that could be repaired."""
+    """Return which later contributions repair most often, and what they do after one ablation."""
     rows = results.repairable()
     if not rows:
         return [f"No contribution could be repaired ({scope(results, results.defaults())})."]
-    return responsibility(results, max(rows, key=lambda row: abs(row["loss"])))
+    repaired = [row for row in rows if row["class"] == REPAIRED]
+    if not repaired:
+        first = f"No contribution is repaired on balance ({scope(results, rows)})."
+        return [first, *responsibility(results, example(rows))]
+    return [*_most_often(results, repaired), *responsibility(results, example(rows))]
+
+
+def example(rows: Sequence[Row]) -> Row:
+    """Return the repaired row with the largest restoration; if none is repaired, the row with the largest loss."""
+    repaired = [row for row in rows if row["class"] == REPAIRED]
+    if repaired:
+        return max(repaired, key=lambda row: row["restoration"])
+    return max(rows, key=lambda row: abs(row["loss"]))
+
+
+def _most_often(results: Results, repaired: Sequence[Row]) -> list[str]:
+    strongest = [site(best, "downstream_") for row in repaired if (best := results.strongest(row))]
+    if not strongest:
+        return []
+    where = max(strongest, key=strongest.count)
+    return [
+        f"{where[0].upper()}{where[1:]} is the strongest repairer of {strongest.count(where)} of the "
+        f"{plural(len(repaired), 'repaired contribution')} ({scope(results, repaired)})."
+    ]
 
 
 def responsibility(results: Results, row: Row) -> list[str]:
     """Return the sums of the three kinds after one ablation, and the strongest repairer if it is determined."""
-    aligned = "back towards its clean value" if row["loss"] > 0 else "back down to its clean value"
+    less, more = (
+        ("suppress it less", "add more to it") if row["loss"] > 0 else ("raise it less", "lower it more")
+    )
     sentences = [
-        f"After ablating {at(results, row)} (direct {_loss(row)} {number(abs(row['loss']))} logits), attenuated "
-        f"erasure moves the logit {aligned} by {estimate(row, 'attenuated')} and woken repair by "
-        f"{estimate(row, 'woken')}; propagated loss adds {estimate(row, 'propagated', sign=-1)} to the change (logits, "
-        f"n = {row['prompts']})."
+        f"After ablating {at(results, row)} (direct {_loss(row)} {number(abs(row['loss']))} logits), later "
+        f"contributions push the logit back by {estimate(row, 'attenuated')} because they {less} (erasure attenuated) "
+        f"and by {estimate(row, 'woken')} because they {more} (repair woken). They push it further by "
+        f"{estimate(row, 'propagated', sign=-1)} (loss propagated; logits, n = {row['prompts']})."
     ]
     best = results.strongest(row)
     if best:
         sentences.append(
-            f"The strongest repairer is {site(best, 'downstream_')}: its direct effect changes by "
+            f"Its strongest repairer is {site(best, 'downstream_')}, whose direct effect changes by "
             f"{number(best['mean_change'])} [{number(best['low'])}, {number(best['high'])}] logits "
             f"(n = {best['prompts']})."
         )

@@ -73,7 +73,13 @@ def build(frames: Frames) -> dict[str, Any]:
 
     params = (
         controls.source(frames),
-        controls.choice(READING, "reading", list(READINGS), "clean", ["repair", "own norm", "with the norm"]),
+        controls.choice(
+            READING,
+            "reading",
+            list(READINGS),
+            "clean",
+            ["clean norm scale", "each run's own norm scale", "with the norm's effect"],
+        ),
     )
     drawing = alt.hconcat(*[panel(name) for name in frames.components])
     return {

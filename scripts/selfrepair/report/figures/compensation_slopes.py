@@ -34,7 +34,7 @@ def build(frames: Frames) -> dict[str, Any]:
     return {
         "caption": (
             "Least squares of repair on direct loss. Across prompts: one point per prompt, the mean over its draws. "
-            "Within prompts: across the draws of each prompt, after subtracting the prompt's mean. Dashed: 0 and 1 "
+            "Within prompts: across the draws of each prompt, after subtracting the prompt's mean. Dotted: 0 and 1 "
             f"(full repair). Band: {wording.INTERVAL}; r² (across prompts) has none. {scales.NOTE} "
             f"{wording.sizes(frames)}. (Fig. 7b, d of McGrath et al.)"
         ),

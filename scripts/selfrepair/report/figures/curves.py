@@ -67,7 +67,6 @@ def _panel(
     rows = chart(
         "curves",
         table,
-        f"datum.component === '{component}'",
         f"datum.measure === '{row.measure}'",
         controls.is_picked("source"),
         *where,
@@ -75,7 +74,9 @@ def _panel(
     # A fixed axis holds every value.
     bounds = "value", "low", "high"
     base = scales.clamped(rows, "value", bounds) if row.domain is None else scales.whole(rows, bounds)
-    base = base.transform_calculate(shown="datum.shown_value")
+    base = base.transform_filter(f"datum.component === '{component}'").transform_calculate(
+        shown="datum.shown_value"
+    )
     legend = theme.line_legend()
     title = row.title.split(" (")[0]
     colour = alt.Color(f"{series.field}:N", scale=series.colours, title=series.field, legend=legend)

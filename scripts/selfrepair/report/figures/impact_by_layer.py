@@ -1,5 +1,6 @@
 """Impact per layer by unembedding and by ablation (Fig. 2a, b), a line per prompt and the mean."""
 
+import json
 from typing import Any
 
 import altair as alt
@@ -33,6 +34,27 @@ def means(frames: Frames) -> pl.DataFrame:
     return pl.concat([unembed, drop])
 
 
+def _bulk(table: pl.DataFrame, frames: Frames) -> dict[str, str]:
+    """Return, per component, the limit of the chosen source and ablation as an expression.
+
+    It is REACH times the upper quartile of the sizes of the lines, the larger of the two measures: lines, means and
+    both panels of a row share it.
+    """
+    books = {}
+    for component in frames.components:
+        limits = {}
+        rows = table.filter(pl.col("component") == component)
+        for source in frames.sources:
+            of_source = rows.filter(pl.col("source") == source)
+            for i, ablation in enumerate(frames.ablations):
+                sizes = [of_source[name].abs().quantile(0.75) for name in ("unembed", f"drop{i}")]
+                limits[f"{source} {ablation}"] = float(
+                    f"{scales.REACH * max(size or 0 for size in sizes):.3g}"
+                )
+        books[component] = f"{json.dumps(limits)}[{controls.SOURCE} + ' ' + {controls.ABLATION}]"
+    return books
+
+
 def build(frames: Frames) -> dict[str, Any]:
     """Components x (Δunembed, drop)."""
     cloud = points.Points(frames, ("unembed",), ("drop",))
@@ -40,20 +62,21 @@ def build(frames: Frames) -> dict[str, Any]:
     wanted = wanted.group_by("source", maintain_order=True).head(LINES)
     cloud.table = cloud.table.join(wanted, on=["source", "prompt"], how="semi", maintain_order="left")
     average = means(frames)
+    bulk = _bulk(cloud.table, frames)
 
     def panel(component: str, measure: str) -> Any:
         where = f"datum.component === '{component}' && {controls.is_picked('source')}"
         single = cloud.of_ablation(cloud.chart(where), "drop")
         axis = alt.Y("shown:Q", title=MEASURES[measure])
         lines = (
-            scales.clamped(single, measure, (measure,))
+            scales.clamped(single, measure, (measure,), bulk[component])
             .transform_calculate(shown=f"datum.shown_{measure}")
             .mark_line(strokeWidth=0.7, opacity=0.35, color=theme.SKY)
             .encode(x=theme.layer_axis(frames.ablated), y=axis, detail="key:N")
         )
         picked = f"datum.ablation === {controls.ABLATION} && datum.measure === '{measure}'"
         mean = scales.clamped(
-            chart("means", average, where, picked), "value", ("value", "low", "high")
+            chart("means", average, where, picked), "value", ("value", "low", "high"), bulk[component]
         ).transform_calculate(shown="datum.shown_value")
         band = mean.mark_area(opacity=0.3, color=theme.VERMILLION).encode(
             x="layer:Q", y="shown_low:Q", y2="shown_high:Q"

@@ -43,7 +43,7 @@ def build(frames: Frames) -> dict[str, Any]:
         "caption": (
             "Mean logit drop per ablated layer as the exact sum of four parts: the contribution's own direct loss, "
             "the changes of later attention and later MLPs, and the change of the final norm's scale. Diamond: the "
-            f"total with its {wording.INTERVAL}. {scales.NOTE} {wording.sizes(frames)}."
+            f"total with its {wording.INTERVAL}. {scales.CUT} {wording.sizes(frames)}."
         ),
         "reading": (
             "A part on the opposite side of 0 from the grey bar gives back some of the direct loss; a part on the "

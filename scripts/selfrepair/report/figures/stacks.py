@@ -66,7 +66,11 @@ def panels(frames: Frames, table: pl.DataFrame, colours: dict[str, str], title: 
         )
         zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y="at:Q")
         return alt.layer(
-            bars, zero, interval, mark, scales.off_scale(total, "value", x=x, y="shown_value:Q")
+            bars,
+            zero,
+            interval,
+            mark,
+            scales.off_scale(total, "value", prefix=TOTAL, x=x, y="shown_value:Q"),
         ).properties(width=340, height=240, title=f"{theme.COMPONENT[component]} ablated")
 
     return alt.hconcat(*[panel(name) for name in frames.components])

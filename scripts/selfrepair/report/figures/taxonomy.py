@@ -15,7 +15,7 @@ COLOURS = dict(zip(KINDS.values(), (theme.SKY, theme.GREEN, theme.VERMILLION), s
 def data(frames: Frames) -> pl.DataFrame:
     """CELL x kind: sum over later contributions, mean over rows, in logits, with low and high; and total repair.
 
-    All signs are aligned with the component's clean direct effect: above 0 pushes the logit back.
+    Changes are multiplied by the sign of the row's direct loss: above 0 pushes the logit back.
     """
     kept = frames.with_downstream(frames.verdicts)
     aligned = pl.sum_horizontal(*KINDS)
@@ -45,10 +45,11 @@ def build(frames: Frames) -> dict[str, Any]:
     )
     return {
         "caption": (
-            "Changes of all later contributions' direct effects, aligned with the sign of the ablated contribution's "
-            "own direct effect, summed by kind and averaged over rows. Erasure attenuated: a contribution suppressed "
-            "the target and now suppresses it less. Repair woken: a contribution that did not suppress it now adds "
-            f"to it. Loss propagated: a contribution now adds less. Diamond: their sum. {scales.NOTE} "
+            "Changes of all later contributions' direct effects, times the sign of the row's direct loss, summed by "
+            "kind and averaged over rows. Erasure attenuated: a contribution suppressed the target and now suppresses "
+            "it less. Repair woken: a contribution that did not suppress it now adds to it. Loss propagated: a "
+            "contribution now adds less. Diamond: their sum. It differs from the repair R of the tables if some rows "
+            f"have a loss and others a gain. {scales.CUT} "
             f"{wording.sizes(frames)}. Intervals (95 %) are in the tooltips and the data file."
         ),
         "reading": "Bars above 0 repair, bars below 0 add to the change; the diamond is what is left of both.",

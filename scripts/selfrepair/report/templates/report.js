@@ -186,7 +186,7 @@ function search(words) {
     row.hidden = !row.dataset.text.includes(words.toLowerCase());
     shown += !row.hidden;
   }
-  explorer.querySelector(".count").textContent = `${shown} shown. ${store.sampled} Click a row to see its ledger.`;
+  explorer.querySelector(".count").textContent = `${shown} of ${store.prompts.length} shown. ${store.sampled ? store.sampled + " " : ""}Click a row to see its ledger.`;
 }
 function showPrompt(id, scroll) {
   const prompt = store.prompts.find((one) => one.source + ":" + one.prompt === id);
