@@ -46,7 +46,7 @@ def off_scale(
     A label begins with `prefix`, or with a triangle that points to the edge.
     """
     start = f"'{prefix} '" if prefix else f"(datum.{size} > 0 ? '▲ ' : '▼ ')"
-    align, dx = ("left", 6) if on_line else ("center", 0)
+    align, dx = ("left", 6 if on_line else -18) if on_line or prefix else ("center", 0)
     return (
         base.transform_filter("datum.off")
         .transform_joinaggregate(farthest="max(magnitude)", groupby=["layer"])

@@ -44,7 +44,14 @@ if (pageControls) {
     else element.value = value;
   }
   pageControls.addEventListener("submit", (event) => event.preventDefault());
+  // Another source: its default ablation follows if the default of the source before it was shown.
+  const { pick_source: source, pick_ablation: ablation } = pageControls.elements;
+  let shownSource = source && source.value;
   pageControls.addEventListener("change", () => {
+    if (source && ablation && source.value !== shownSource) {
+      if (ablation.value === store.ablations[shownSource]) ablation.value = store.ablations[source.value];
+      shownSource = source.value;
+    }
     writeFragment();
     const state = pageState();
     views.forEach((view) => applyState(view, state));
