@@ -199,7 +199,7 @@ class Project:
         """Snakemake with this interpreter."""
         return [sys.executable, "-m", "snakemake", "--cores", "1", *arguments]
 
-    patience = 300.0  # seconds for one call of Snakemake
+    patience = 600.0  # seconds for one call of Snakemake
 
     def snakemake(self, *arguments: str, status: int | None = 0) -> str:
         """Run Snakemake; return what it said. Fails if it ends with another status than `status`."""
