@@ -56,6 +56,8 @@ def test_every_value_is_there_by_default(root):
         layers=None,
         draws=15,
         target="argmax",
+        read="last",
+        keep=None,
         seed=0,
     )
     assert loaded.runtime == config.Runtime(worker=True, idle_seconds=60.0, rows=None)
@@ -365,6 +367,35 @@ def test_target_answer_needs_answers(root):
     text = message(root, grid_with(target="answer"))
     has(text, "experiments.grid.target: 'answer' needs the true answers", "data set 'python'")
     assert "'facts'" not in text
+
+
+EVERY = {"positions": "all", "length": 12, "read": "every"}
+
+
+def test_reading_every_position_and_keeping_a_share(root):
+    values = projects.raw()
+    grid_with(**EVERY, target="next", keep={"top": 0.02})(values)
+    experiment = projects.load(root, values).experiments["grid"]
+    assert (experiment.read, experiment.target, experiment.keep) == ("every", "next", 0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "facts"),
+    [
+        ({"read": "every"}, ("experiments.grid.read: 'every' cannot be combined with `positions: last`",)),
+        ({"target": "next"}, ("experiments.grid.target: 'next' needs `read: every`",)),
+        ({**EVERY, "target": "answer"}, ("experiments.grid.target: 'answer' follows the last position",)),
+        ({**EVERY, "target": "next", "length": 1}, ("experiments.grid.length: 1 token has no next one",)),
+        ({"keep": {"top": 0.5}}, ("experiments.grid.keep: a share of the rows", "set `read: every`")),
+        ({**EVERY, "keep": {"top": 0}}, ("experiments.grid.keep.top: must be greater than 0, but is 0",)),
+        ({**EVERY, "keep": {"top": 2}}, ("experiments.grid.keep.top: must be at most 1",)),
+        ({**EVERY, "keep": {"best": 1}}, ("experiments.grid.keep.best: unknown key 'best'",)),
+        ({**EVERY, "keep": "some"}, ("experiments.grid.keep: 'some' is not allowed here",)),
+        ({**EVERY, "keep": 0.1}, ("experiments.grid.keep: 0.1 is not allowed here",)),
+    ],
+)
+def test_contradicting_values_of_read_target_and_keep(root, values, facts):
+    has(message(root, grid_with(**values)), *facts)
 
 
 def test_more_draws_than_store_prompts_are_allowed(root):

@@ -130,7 +130,9 @@ class Experiment:
     components: tuple[str, ...]
     layers: tuple[int, ...] | None  # None = all
     draws: int
-    target: str  # argmax | answer
+    target: str  # argmax | answer | next
+    read: str  # last | every: the positions at which effects are read
+    keep: float | None  # share of the rows of a site that a cell stores (read: every); None: all
     seed: int
 
 

@@ -122,6 +122,7 @@ def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iter
             "null (whole prompts) cannot be combined with `positions: all`, where all prompts have the same length",
             "set `length:` to a number of tokens, or use `positions: last`.",
         )
+    yield from _read(key, experiment)
     if experiment.target == "answer":
         for name in experiment.datasets:
             if name in config.datasets and config.datasets[name].answer is None:
@@ -131,6 +132,26 @@ def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iter
     for name in experiment.models:
         if name in sound:
             yield from _layers(key, experiment, config.models[name])
+
+
+def _read(key: str, experiment: Experiment) -> Iterator[Problem]:
+    """Yield the combinations of `read`, `target` and `keep` that contradict each other."""
+    every = experiment.read == "every"
+    if every and experiment.positions != "all":
+        what = "'every' cannot be combined with `positions: last`, which changes the last position only"
+        yield Problem(f"{key}.read", what, "set `positions: all` and a `length:`, or use `read: last`.")
+    if every and experiment.target == "answer":
+        what = "'answer' follows the last position only, and `read: every` reads every position"
+        yield Problem(f"{key}.target", what, "use `target: next` or `target: argmax`, or use `read: last`.")
+    if experiment.target == "next" and not every:
+        what = "'next' needs `read: every`: the text has no token after the last position"
+        yield Problem(f"{key}.target", what, "set `read: every`, or use `target: argmax`.")
+    if experiment.target == "next" and experiment.length == 1:
+        what = "1 token has no next one, which `target: next` needs"
+        yield Problem(f"{key}.length", what, "set `length:` to 2 or more tokens.")
+    if experiment.keep is not None and not every:
+        what = "a share of the rows can only be kept with `read: every`"
+        yield Problem(f"{key}.keep", what, "set `read: every`, or use `keep: all`.")
 
 
 def _ablations(key: str, experiment: Experiment) -> Iterator[Problem]:

@@ -88,6 +88,8 @@ def _experiment(name: str, value: Mapping[str, Any]) -> Experiment:
         layers=None if value["layers"] == "all" else tuple(sorted(int(layer) for layer in value["layers"])),
         draws=int(value["draws"]),
         target=value["target"],
+        read=value["read"],
+        keep=None if value["keep"] == "all" else float(value["keep"]["top"]),
         seed=int(value["seed"]),
     )
 

@@ -89,7 +89,9 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[Problem]:
         if "string" in kinds and isinstance(value, int | float):
             remedy = f"put it in quotes. {meaning}"
         yield Problem(dotted(path), f"must be {wanted}, but is {_shown(value)}", remedy)
-    elif rule == "oneOf" and isinstance(value, list):  # only the errors of the branch for lists are useful
+    elif rule == "oneOf" and isinstance(
+        value, list | dict
+    ):  # only the errors of this kind's branch are useful
         for inner in error.context or ():
             if inner.validator != "const":
                 yield from _explain(inner)
@@ -104,8 +106,8 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[Problem]:
         yield Problem(dotted(path), "is empty", f"name at least one. {meaning}")
     elif rule == "minLength":
         yield Problem(dotted(path), "is empty text", meaning)
-    elif rule in ("minimum", "maximum", "maxLength"):
-        side = "at least" if rule == "minimum" else "at most"
+    elif rule in ("minimum", "exclusiveMinimum", "maximum", "maxLength"):
+        side = {"minimum": "at least", "exclusiveMinimum": "greater than"}.get(rule, "at most")
         yield Problem(dotted(path), f"must be {side} {limit}, but is {_shown(value)}", meaning)
     else:
         yield Problem(dotted(path), error.message, meaning)

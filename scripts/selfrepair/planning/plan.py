@@ -217,6 +217,7 @@ class Plan:
             "layers": grid.n_layers(model),
             "heads": HEADS in experiment.components,
             "target": experiment.target,
+            "read": experiment.read,
             "code": self.code("activations"),
         }
 
@@ -249,6 +250,8 @@ class Plan:
             "draws": grid.draws(experiment, wildcards.ablation),
             "seed": experiment.seed if drawn else None,
             "target": experiment.target,
+            "read": experiment.read,
+            "keep": experiment.keep,
             "code": self.code("effects"),
         }
 
@@ -388,5 +391,7 @@ def _settings(experiment: Experiment) -> Spec:
         "layers": "all" if experiment.layers is None else list(experiment.layers),
         "draws": experiment.draws,
         "target": experiment.target,
+        "read": experiment.read,
+        "keep": "all" if experiment.keep is None else {"top": experiment.keep},
         "seed": experiment.seed,
     }
