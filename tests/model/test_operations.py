@@ -46,18 +46,19 @@ def loaded():
     return wrap(tiny_models.build("llama", torch.float32, **settings))
 
 
-def cell(loaded, positions, path, layer, component, rows=4096, head=None):
+def cell(loaded, positions, path, layer, component, rows=4096, heads=(None,)):
     """One cell's ablations, after the clean runs."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, V, (PROMPTS, T), generator=generator).tolist()
     prompts = [Prompt(number, tuple(row)) for number, row in enumerate(ids)]
-    runs = CleanRuns(loaded, prompts, positions, path == "rows", rows, 1 << 30, head is not None)
+    runs = CleanRuns(loaded, prompts, positions, path == "rows", rows, 1 << 30, heads[0] is not None)
     for number in range(len(runs.batches)):
         runs.run(number, layer)
-    width = D if head is None else HEAD
+    width = D if heads[0] is None else HEAD
     stored = torch.randn(5, 1 if positions == "last" else T, width, generator=generator)
-    ablation = Replace(Key(0, "s", "a"), DRAWS, list(range(5)), {Site(layer, component, head): stored})
-    settings = Settings((Site(layer, component, head),), DRAWS, positions, path, rows)
+    sites = tuple(Site(layer, component, head) for head in heads)
+    ablation = Replace(Key(0, "s", "a"), DRAWS, list(range(5)), dict.fromkeys(sites, stored))
+    settings = Settings(sites, DRAWS, positions, path, rows)
     return lambda: measure(loaded, runs, ablation, settings)
 
 
@@ -149,12 +150,23 @@ def test_rows_bounds_each_pass_and_passes_are_full(loaded, positions, path, toke
 
 
 @pytest.mark.parametrize("layer", range(L))
+@pytest.mark.parametrize("heads", [(2,), tuple(range(HEADS))])
 @pytest.mark.parametrize(
     ("positions", "path", "costs", "kept"), [("last", "rows", LAST, 1), ("all", "trimmed", ALL, T)]
 )
 def test_a_head_costs_the_attention_s_ablation_and_its_output_projection(
-    loaded, positions, path, costs, kept, layer
+    loaded, positions, path, costs, kept, layer, heads
 ):
     """One projection per row and kept position makes the replacement, one per prompt makes delta_unembed."""
-    counted = operations.count(cell(loaded, positions, path, layer, "attn", head=2))
-    assert counted == ROWS * (costs["attn"](layer) + kept * OUT) + PROMPTS * OUT
+    counted = operations.count(cell(loaded, positions, path, layer, "attn", heads=heads))
+    assert counted == len(heads) * (ROWS * (costs["attn"](layer) + kept * OUT) + PROMPTS * OUT)
+
+
+@pytest.mark.parametrize(("positions", "path", "tokens"), [("last", "rows", 1), ("all", "trimmed", T)])
+@pytest.mark.parametrize("at_once", [1, 6, 18, ROWS * HEADS])
+def test_heads_of_a_layer_share_passes(loaded, positions, path, tokens, at_once):
+    function = cell(loaded, positions, path, 2, "attn", rows=at_once * tokens, heads=tuple(range(HEADS)))
+    found = calls(loaded, function)
+    assert found["4.mlp.gate_proj"] == -(-ROWS * HEADS // at_once)
+    # One product makes the replacements of a pass, one the heads' own effects.
+    assert found["2.mlp.gate_proj"] == found["4.mlp.gate_proj"]

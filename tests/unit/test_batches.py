@@ -48,35 +48,41 @@ class _Runs:
 @pytest.mark.parametrize("path", ["rows", "decode", "trimmed", "full"])
 @pytest.mark.parametrize("all_kept", [True, False])
 def test_groups_cover_the_cell_once_within_the_bound(path, all_kept):
-    for tokens, n_draws, rows in itertools.product((6, 40), (1, 3, 7), (1, 10, 64)):
+    for tokens, n_sites, n_draws, rows in itertools.product((6, 40), (1, 4), (1, 3, 7), (1, 10, 64)):
         cell = _Runs(tokens, all_kept)
         seen = Counter()
-        for group in measure._rectangles(cell, measure.Settings((), n_draws, "last", path, rows)):
+        for group in measure._rectangles(cell, measure.Settings((), n_draws, "last", path, rows), n_sites):
             used = 0
             for rectangle in group:
                 batch = cell.batches[rectangle.batch]
                 per_row = 1 if path in ("rows", "decode") else batch.length
-                used += per_row * len(rectangle.prompts) * len(rectangle.draws)
+                used += per_row * sum(_keys([rectangle]).values())
                 chosen = batch.prompts[rectangle.slice]
-                seen.update((p.id, draw) for p in chosen for draw in rectangle.draws)
-            single = len(group) == 1 and len(group[0].prompts) == len(group[0].draws) == 1
-            assert used <= rows or single, (path, tokens, n_draws, rows, group)
+                keys = itertools.product((p.id for p in chosen), rectangle.sites, rectangle.draws)
+                seen.update(keys)
+            single = sum(_keys(group).values()) == 1
+            assert used <= rows or single, (path, tokens, n_sites, n_draws, rows, group)
             if path != "rows" or not all_kept:
                 assert len({rectangle.batch for rectangle in group}) == 1
-        assert seen == Counter((p.id, draw) for p in PROMPTS for draw in range(n_draws))
+            if path == "decode":
+                assert len(group) == 1
+        everything = itertools.product((p.id for p in PROMPTS), range(n_sites), range(n_draws))
+        assert seen == Counter(everything)
+
+
+def _keys(group):
+    """The (batch, prompt, site, draw) of a group of rectangles, with how often each occurs."""
+    return Counter((r.batch, *key) for r in group for key in itertools.product(r.prompts, r.sites, r.draws))
 
 
 def test_rows_of_different_lengths_share_a_group_where_they_may():
-    (group,) = measure._rectangles(_Runs(1000, True), measure.Settings((), 2, "last", "rows", 1000))
+    (group,) = measure._rectangles(_Runs(1000, True), measure.Settings((), 2, "last", "rows", 1000), 5)
     assert len({rectangle.batch for rectangle in group}) == 4
 
 
 def test_halves_are_the_whole():
-    def pairs(group):
-        return Counter((r.batch, p, d) for r in group for p in r.prompts for d in r.draws)
-
-    for shape in ([(5, 3), (2, 3)], [(5, 3)], [(1, 7)]):
-        group = [measure._Rectangle(n, range(p), range(d)) for n, (p, d) in enumerate(shape)]
+    for shape in ([(5, 1, 3), (2, 1, 3)], [(5, 4, 3)], [(1, 3, 7)], [(1, 1, 7)]):
+        group = [measure._Rectangle(n, *map(range, sizes)) for n, sizes in enumerate(shape)]
         one, other = measure._halves(group)
-        assert pairs(one) + pairs(other) == pairs(group) and pairs(one) and pairs(other)
-    assert measure._halves([measure._Rectangle(0, range(4, 5), range(2, 3))]) is None
+        assert _keys(one) + _keys(other) == _keys(group) and _keys(one) and _keys(other)
+    assert measure._halves([measure._Rectangle(0, range(4, 5), range(1, 2), range(2, 3))]) is None

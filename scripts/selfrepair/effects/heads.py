@@ -5,6 +5,8 @@ attention's contribution: output projection, post-norm if there is one, residual
 replaces the contribution by f(x with part h replaced). The engine needs no second mechanism.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,28 +16,37 @@ from selfrepair.planning.sites import Site
 
 
 @torch.no_grad()
-def contribution_with_part(
+def contributions_with_parts(
     loaded: LoadedModel,
     run: CleanRun,
     prompts: slice,
-    site: Site,
-    part: Tensor,  # (prompt, draw, P, width)
-) -> Tensor:  # (prompt, draw, P, d_model)
-    """Return f(x with the part of head `site.index` replaced) for every draw."""
-    x = run.head_inputs[site.layer][prompts]  # (prompt, P, head, width)
-    x = x[:, None].repeat(1, part.shape[1], 1, 1, 1)  # (prompt, draw, P, head, width)
-    x[..., site.index, :] = part
-    return loaded.from_heads(site.layer, x.flatten(-2))
+    sites: Sequence[Site],  # heads of one layer
+    parts: Sequence[Tensor],  # (prompt, draw, P, width) of each site
+) -> Tensor:  # (prompt, site, draw, P, d_model)
+    """Return f(x with the part of one head replaced) for every head in `sites` and every draw."""
+    layer = sites[0].layer
+    x = run.head_inputs[layer][prompts]  # (prompt, P, head, width)
+    x = x[:, None, None].repeat(
+        1, len(sites), parts[0].shape[1], 1, 1, 1
+    )  # (prompt, site, draw, P, head, width)
+    for number, (site, part) in enumerate(zip(sites, parts, strict=True)):
+        x[:, number, ..., site.index, :] = part
+    return loaded.from_heads(layer, x.flatten(-2))
 
 
 @torch.no_grad()
-def head_unembed(loaded: LoadedModel, run: CleanRun, prompts: slice, site: Site) -> Tensor:  # (prompt,)
-    """Return delta_unembed of a head: u(a) - u(f(x with its part = 0)) at the last position.
+def heads_unembed(
+    loaded: LoadedModel, run: CleanRun, prompts: slice, sites: Sequence[Site]
+) -> Tensor:  # (prompt, site)
+    """Return delta_unembed of heads of one layer: u(a) - u(f(x with the head's part = 0)) at the last position.
 
     The bias of the output projection belongs to no head.
     """
-    x = run.head_inputs[site.layer][prompts, -1].clone()  # (prompt, head, width)
-    x[:, site.index] = 0
-    w, sigma = run.direction.w[prompts], run.direction.sigma[prompts]
-    contribution = loaded.from_heads(site.layer, x.flatten(-2)).to(w.dtype)  # (prompt, d_model)
-    return run.effects[site.component][prompts, site.layer] - torch.linalg.vecdot(contribution, w) / sigma
+    layer, component = sites[0].layer, sites[0].component
+    x = run.head_inputs[layer][prompts, -1]  # (prompt, head, width)
+    x = x[:, None].repeat(1, len(sites), 1, 1)  # (prompt, site, head, width)
+    for number, site in enumerate(sites):
+        x[:, number, site.index] = 0
+    w, sigma = run.direction.w[prompts, None], run.direction.sigma[prompts, None]
+    contribution = loaded.from_heads(layer, x.flatten(-2)).to(w.dtype)  # (prompt, site, d_model)
+    return run.effects[component][prompts, layer, None] - torch.linalg.vecdot(contribution, w) / sigma

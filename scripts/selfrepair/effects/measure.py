@@ -3,7 +3,8 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """Some prompts of a batch times some draws."""
+    """Some prompts of a batch times some sites times some draws."""
 
     batch: int
     prompts: range
+    sites: range  # of the sites that share passes
     draws: range
 
     @property
@@ -57,31 +59,46 @@ def measure(
     raises InputError if one row alone does not fit.
     """
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
-    for number, site in enumerate(settings.sites):
-        for effects, prompts, draws in _pieces(loaded, runs, ablation, site, settings):
-            parts["site"].append(np.full(len(prompts), number))
-            parts["prompt"].append(prompts)
-            parts["draw"].append(draws)
+    number_of = {site: number for number, site in enumerate(settings.sites)}
+    for sites in _sharing(settings.sites):
+        for effects, rows in _pieces(loaded, runs, ablation, sites, settings):
+            parts["site"].append(np.array([number_of[sites[site]] for _, site, _ in rows]))
+            parts["prompt"].append(np.array([prompt for prompt, _, _ in rows]))
+            parts["draw"].append(np.array([draw for _, _, draw in rows]))
             for name in COLUMNS:
                 values = getattr(effects, name)
                 if values is not None:
                     parts[name].append(values.to("cpu").numpy())
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    order = np.argsort(joined["site"], kind="stable")
+    return {name: values[order] for name, values in joined.items()}
+
+
+def _sharing(sites: tuple[Site, ...]) -> list[list[Site]]:
+    """Return the sites in groups that share passes: all heads of an attention block, other sites by themselves.
+
+    Every head of a block is an ablation of the block's contribution, with another value.
+    """
+    groups: dict[tuple[Site, bool], list[Site]] = defaultdict(list)
+    for site in sites:
+        groups[site.whole, site.index is None].append(site)
+    return list(groups.values())
 
 
 def _pieces(
-    loaded: LoadedModel, runs: CleanRuns, ablation: Ablation, site: Site, settings: Settings
-) -> Iterator[tuple[Effects, np.ndarray, np.ndarray]]:
-    """Yield the effects of the rows that run at once, with their prompts and draws."""
-    pending = list(reversed(list(_rectangles(runs, settings))))
+    loaded: LoadedModel, runs: CleanRuns, ablation: Ablation, sites: list[Site], settings: Settings
+) -> Iterator[tuple[Effects, list[tuple[int, int, int]]]]:
+    """Yield the effects of the rows that run at once, with (prompt, number of the site, draw) of each row."""
+    layer = sites[0].layer
+    pending = list(reversed(list(_rectangles(runs, settings, len(sites)))))
     while pending:
         group = pending.pop()
         try:
             blocks = [
-                _block(loaded, runs.run(rectangle.batch, site.layer), rectangle, ablation, site)
+                _block(loaded, runs.run(rectangle.batch, layer), rectangle, ablation, sites)
                 for rectangle in group
             ]
-            effects = ablate(loaded, blocks, site, settings.positions, settings.path)
+            effects = ablate(loaded, blocks, sites[0], settings.positions, settings.path)
         except torch.OutOfMemoryError:
             effects = None
         if effects is None:
@@ -95,28 +112,36 @@ def _pieces(
             pending = [half for other in pending for half in reversed(_halves(other) or [other])]
             pending += reversed(halves)
             continue
-        pairs = [
-            (prompt.id, draw)
+        rows = [
+            (prompt.id, site, draw)
             for rectangle in group
             for prompt in runs.batches[rectangle.batch].prompts[rectangle.slice]
+            for site in rectangle.sites
             for draw in rectangle.draws
         ]
-        prompts, draws = np.array(pairs, dtype=np.int64).T
-        yield effects, prompts, draws
+        yield effects, rows
 
 
 def _block(
-    loaded: LoadedModel, run: CleanRun, rectangle: _Rectangle, ablation: Ablation, site: Site
+    loaded: LoadedModel, run: CleanRun, rectangle: _Rectangle, ablation: Ablation, sites: list[Site]
 ) -> RowBlock:
+    """Return the rows of a rectangle: those of a prompt stay together, ordered by site and draw."""
     prompts = rectangle.slice
-    value = ablation.value(run, prompts, rectangle.draws, site)
-    if site.index is None:
+    chosen = [sites[number] for number in rectangle.sites]
+    values = [ablation.value(run, prompts, rectangle.draws, site) for site in chosen]
+    if chosen[0].index is None:
+        (value,) = values
         return RowBlock(run, prompts, value)
-    unembed = heads.head_unembed(loaded, run, prompts, site)
-    return RowBlock(run, prompts, heads.contribution_with_part(loaded, run, prompts, site, value), unembed)
+    unembed = heads.heads_unembed(loaded, run, prompts, chosen)  # (prompt, site)
+    return RowBlock(
+        run,
+        prompts,
+        heads.contributions_with_parts(loaded, run, prompts, chosen, values).flatten(1, 2),
+        unembed.repeat_interleave(len(rectangle.draws), 1),
+    )
 
 
-def _rectangles(runs: CleanRuns, settings: Settings) -> Iterator[list[_Rectangle]]:
+def _rectangles(runs: CleanRuns, settings: Settings, n_sites: int) -> Iterator[list[_Rectangle]]:
     """Yield groups of rectangles that run at once: at most `rows` tokens each, or a single row if it is longer."""
     n_draws, rows, path = settings.n_draws, settings.rows, settings.path
     group: list[_Rectangle] = []
@@ -124,29 +149,34 @@ def _rectangles(runs: CleanRuns, settings: Settings) -> Iterator[list[_Rectangle
     for number, batch in enumerate(runs.batches):
         per_row = 1 if path in ("rows", "decode") else batch.length
         draws_at_once = min(n_draws, max(1, rows // per_row))
-        first = 0
-        while first < len(batch.prompts):
-            # Fill the rest of the group; start another if not even one prompt fits.
-            fitting = room // (per_row * draws_at_once)
-            if fitting == 0 and group:
-                yield group
-                group, room = [], rows
-                continue
-            size = min(max(1, fitting), len(batch.prompts) - first)
-            for draw in range(0, n_draws, draws_at_once):
-                rectangle = _Rectangle(
-                    number, range(first, first + size), range(draw, min(n_draws, draw + draws_at_once))
-                )
-                if draws_at_once < n_draws:
-                    yield [rectangle]
-                else:
-                    group.append(rectangle)
-                    room -= size * draws_at_once * per_row
-            first += size
-            # Other paths take one rectangle of one length. Runs that are not kept are in memory one batch at a time.
-            if group and (path != "rows" or not runs.all_kept):
-                yield group
-                group, room = [], rows
+        sites_at_once = min(n_sites, max(1, rows // (per_row * draws_at_once)))
+        for site in range(0, n_sites, sites_at_once):
+            sites = range(site, min(n_sites, site + sites_at_once))
+            per_prompt = per_row * draws_at_once * len(sites)
+            first = 0
+            while first < len(batch.prompts):
+                # Fill the rest of the group; start another if not even one prompt fits.
+                fitting = room // per_prompt
+                if fitting == 0 and group:
+                    yield group
+                    group, room = [], rows
+                    continue
+                size = min(max(1, fitting), len(batch.prompts) - first)
+                prompts = range(first, first + size)
+                for draw in range(0, n_draws, draws_at_once):
+                    draws = range(draw, min(n_draws, draw + draws_at_once))
+                    rectangle = _Rectangle(number, prompts, sites, draws)
+                    if draws_at_once < n_draws:
+                        yield [rectangle]
+                    else:
+                        group.append(rectangle)
+                        room -= size * per_prompt
+                first += size
+                # Other paths take one rectangle of one length. Runs that are not kept are in memory one batch at a
+                # time.
+                if group and (path != "rows" or not runs.all_kept):
+                    yield group
+                    group, room = [], rows
     if group:
         yield group
 
@@ -156,12 +186,10 @@ def _halves(group: list[_Rectangle]) -> list[list[_Rectangle]] | None:
     if len(group) > 1:
         return [group[: len(group) // 2], group[len(group) // 2 :]]
     (whole,) = group
-    if len(whole.prompts) > 1:
-        middle = whole.prompts.start + len(whole.prompts) // 2
-        halves = range(whole.prompts.start, middle), range(middle, whole.prompts.stop)
-        return [[_Rectangle(whole.batch, prompts, whole.draws)] for prompts in halves]
-    if len(whole.draws) > 1:
-        middle = whole.draws.start + len(whole.draws) // 2
-        halves = range(whole.draws.start, middle), range(middle, whole.draws.stop)
-        return [[_Rectangle(whole.batch, whole.prompts, draws)] for draws in halves]
+    for name in ("prompts", "sites", "draws"):
+        both: range = getattr(whole, name)
+        if len(both) > 1:
+            middle = both.start + len(both) // 2
+            parts: list[Any] = [range(both.start, middle), range(middle, both.stop)]
+            return [[replace(whole, **{name: part})] for part in parts]
     return None

@@ -22,14 +22,15 @@ class HookSilentError(RuntimeError):
 
 @dataclass
 class RowBlock:
-    """Ablated runs of some prompts of one clean run: a rectangle of prompts x draws."""
+    """Ablated runs of some prompts of one clean run: a rectangle of prompts x draws.
+
+    Heads of one block that are ablated in turn count as draws: they share the prompt's prefix.
+    """
 
     run: CleanRun
     prompts: slice  # of run.prompts
     value: Tensor  # (prompt, draw, P, d_model) the replacement of the contribution
-    unembed: Tensor | None = (
-        None  # (prompt,) delta_unembed of an ablated head; None: that of the contribution
-    )
+    unembed: Tensor | None = None  # (prompt, draw) of ablated heads; None: that of the contribution
 
     @property
     def n_prompts(self) -> int:
@@ -124,9 +125,11 @@ class Rows:
         """Return delta_unembed of every row."""
         parts = []
         for block in self.blocks:
+            if block.unembed is not None:
+                parts.append(block.unembed.flatten())
+                continue
             own = block.run.effects[self.site.component][block.prompts, self.site.layer]  # (prompt,)
-            unembed = own if block.unembed is None else block.unembed
-            parts.append(unembed.repeat_interleave(block.n_draws))
+            parts.append(own.repeat_interleave(block.n_draws))
         return join(parts)
 
 
