@@ -118,5 +118,6 @@ def _write_tokens(path: Path, source: Tensor, store: Tensor) -> None:
         "text_sha256": [""] * len(rows),
         "input_ids": rows,
         "answer_ids": [None] * len(rows),
+        "foil_ids": [None] * len(rows),
     }
     tables.write(path, columns, schemas.TOKENS, {})

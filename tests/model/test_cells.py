@@ -104,6 +104,7 @@ class Experiment:
             "text_sha256": [str(n) for n in ids],
             "input_ids": list(ids.values()),
             "answer_ids": [[n % 200] for n in ids],
+            "foil_ids": [[(n + 7) % 200, 3] for n in ids],
         }
         tables.write(self.path("tokens", f"{dataset}.parquet"), columns, schemas.TOKENS, {})
 

@@ -62,6 +62,7 @@ def run(
         "text_sha256": [str(n) for n in range(count)],
         "input_ids": [generator.integers(3, 100, t).tolist() for t in lengths],
         "answer_ids": [[3 + n] for n in range(count)],
+        "foil_ids": [None] * count,
     }
     tokens, clean = str(root / "tokens.parquet"), str(root / "clean.parquet")
     tables.write(tokens, columns, schemas.TOKENS, {})

@@ -213,6 +213,7 @@ def _write_tokens(run: Run, source: str, prompts: NDArray[np.int32], store: NDAr
             _rng(plan, source, "ids", p).integers(0, 1000, _n_tokens(plan, source, p)).tolist() for p in ids
         ],
         "answer_ids": [[p % 1000] if source in plan.answers else None for p in ids],
+        "foil_ids": [None] * len(ids),
     }
     tables.write(path, columns, schemas.TOKENS, _metadata(plan))
     run.tokens.append(path)

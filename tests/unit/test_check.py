@@ -70,6 +70,16 @@ BROKEN: dict[str, tuple[Change, tuple[str, ...]]] = {
         ),
         ("facts.jsonl: has 0 texts with an answer, but experiments.grid needs 8",),
     ),
+    "no foils": (
+        lambda root, raw: (
+            raw["datasets"]["facts"].update(foil="attribute"),
+            raw["experiments"]["grid"].update(outcomes=["foil"], datasets=["facts"]),
+            (root / "data/facts.jsonl").write_text(
+                "".join(json.dumps({"prompt": f"p {n}", "attribute": None}) + "\n" for n in range(12))
+            ),
+        ),
+        ("facts.jsonl: has 0 texts with a foil, but experiments.grid needs 8",),
+    ),
     "no CUDA": (
         lambda root, raw: raw["models"]["demo"].update(device="cuda:1"),
         ("models.demo.device: 'cuda:1' is not available: this machine has no CUDA device",),

@@ -58,6 +58,7 @@ def test_every_value_is_there_by_default(root):
         target="argmax",
         read="last",
         keep=None,
+        outcomes=("logit",),
         seed=0,
     )
     assert loaded.runtime == config.Runtime(worker=True, idle_seconds=60.0, rows=None)
@@ -396,6 +397,33 @@ def test_reading_every_position_and_keeping_a_share(root):
 )
 def test_contradicting_values_of_read_target_and_keep(root, values, facts):
     has(message(root, grid_with(**values)), *facts)
+
+
+def test_outcomes(root):
+    values = projects.raw()
+    assert projects.load(root, values).experiments["grid"].outcomes == ("logit",)
+    grid_with(outcomes=["kl", "logprob"])(values)
+    assert projects.load(root, values).experiments["grid"].outcomes == ("logit", "logprob", "kl")
+    has(
+        message(root, grid_with(outcomes=["logprobs"])),
+        "experiments.grid.outcomes[0]",
+        "did you mean 'logprob'?",
+    )
+    has(
+        message(root, grid_with(outcomes=["kl", "kl"])),
+        "experiments.grid.outcomes: 'kl' is listed more than once",
+    )
+
+
+def test_the_outcome_foil_needs_foils(root):
+    def change(raw):
+        grid_with(outcomes=["foil"])(raw)
+        raw["datasets"]["facts"].update(foil="wrong[str]")
+
+    text = message(root, change)
+    has(text, "experiments.grid.outcomes: 'foil' needs a wrong continuation", "data set 'python'")
+    assert "'facts'" not in text
+    has(message(root, grid_with(**EVERY, outcomes=["foil"])), "'foil' is a continuation of the prompt")
 
 
 def test_more_draws_than_store_prompts_are_allowed(root):

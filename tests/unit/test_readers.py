@@ -37,7 +37,7 @@ def has(text, *facts):
 
 
 def prompts(dataset):
-    return [tuple(prompt) for prompt in readers.texts(dataset)]
+    return [(text.id, text.text, text.answer) for text in readers.texts(dataset)]
 
 
 # ----------------------------------------------------------------------------------------- the same in all formats
@@ -212,6 +212,16 @@ def test_counterfact_in_parquet(write, tmp_path):
     dataset = write("counterfact.parquet", b"", **COUNTERFACT_FIELDS)
     parquet.write_table(pa.Table.from_pylist(COUNTERFACT), tmp_path / "counterfact.parquet")
     assert prompts(dataset) == COUNTERFACT_PROMPTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_foils_are_nested_fields_or_null(write, tmp_path, name):
+    rows = [{"text": "a", "wrong": {"str": "b"}}, {"text": "c", "wrong": {"str": ""}}]
+    dataset = write(name, "".join(json.dumps(row) + "\n" for row in rows), foil="wrong[str]")
+    if name.endswith(".parquet"):
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    assert [text.foil for text in readers.texts(dataset)] == ["b", None]
+    assert readers.check(dataset).foils == 1
 
 
 def test_braces_stay_without_a_subject(write):

@@ -14,6 +14,7 @@ COLUMNS = {
     "text_sha256": ["0", "1", "2"],
     "input_ids": [[1, 2], [], [3]],
     "answer_ids": [None, [4], None],
+    "foil_ids": [None, [5, 6], None],
 }
 FACTS = {"experiment": "e", "config": {"seed": 0, "layers": [1, 2]}, "nothing": None}
 

@@ -237,6 +237,7 @@ def run(project, records, *, bos=True, eos=False, fields=None, **params):
             "store": 2,
             "seed": 0,
             "target": "argmax",
+            "foil": False,
             **params,
         },
     )
@@ -352,6 +353,38 @@ def test_target_answer_with_a_record_that_has_none(project):
     records = [*FACTS[:4], {"text": "w50", "answer": None}]
     text = failure(project, records, fields={"answer": "answer"}, target="answer")
     assert "1 name none; the first is record 5" in text
+
+
+CONTRASTS = [{**fact, "wrong": {"names": [f"w{n + 40}", ""]}} for n, fact in enumerate(FACTS)]
+FIELDS = {"answer": "answer", "foil": "wrong[names][0]"}
+
+
+def test_foils_are_tokenized_as_answers_are(project):
+    for row in run(project, CONTRASTS, fields=FIELDS, foil=True, target="answer").to_pylist():
+        assert row["foil_ids"] == list(ids(CONTRASTS[row["prompt"]]["wrong"]["names"][0]))
+    assert run(project, CONTRASTS)["foil_ids"].null_count == 5
+
+
+def test_a_prompt_without_a_foil_is_refused_if_the_outcome_needs_it(project):
+    fields = FIELDS | {"foil": "wrong[names][1]"}
+    assert run(project, CONTRASTS, fields=fields)["foil_ids"].null_count == 5
+    text = failure(project, CONTRASTS, fields=fields, foil=True)
+    assert "5 of 5 prompts of data set 'd' have no foil (0 are cut" in text
+    assert "fill the field `wrong[names][1]`" in text
+
+
+def test_an_answer_and_a_foil_with_one_first_token_are_refused_or_skipped(project):
+    alike = [{**record, "wrong": {"names": [record["answer"]]}} for record in CONTRASTS]
+    settings = {"fields": FIELDS, "foil": True, "target": "answer"}
+    text = failure(project, [*CONTRASTS[:3], *alike[3:]], **settings)
+    assert "begin with the same token" in text and "`datasets.d.on_bad_row: skip`" in text
+    settings["fields"] = FIELDS | {"on_bad_row": "skip"}
+    table = run(project, [*CONTRASTS[:5], *alike[5:]], **settings)
+    assert set(table["prompt"].to_pylist()) == set(range(5))
+    text = failure(project, [*CONTRASTS[:4], *alike[4:]], **settings)
+    assert "have an answer and a foil with the same first token" in text
+    # With `target: argmax` the target is another token.
+    assert len(run(project, alike, fields=FIELDS, foil=True)) == 5
 
 
 def test_a_file_changed_after_planning(project):

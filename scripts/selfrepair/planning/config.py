@@ -67,6 +67,7 @@ class Dataset:
     path: str  # relative to `root`, absolute, or a hub id
     text: str
     answer: str | None
+    foil: str | None
     subject: str | None
     revision: str | None
     split: str | None
@@ -81,12 +82,19 @@ class Dataset:
         return str(self.root / self.path) if self.local else self.path
 
     @property
+    def templates(self) -> dict[str, str]:
+        """The fields or templates that are read from every record, by their key in the configuration."""
+        keys = {"text": self.text, "answer": self.answer, "foil": self.foil, "subject": self.subject}
+        return {key: template for key, template in keys.items() if template is not None}
+
+    @property
     def spec(self) -> dict[str, Any]:
         """The data set's part of a job's params, as JSON. `Dataset.from_spec` is the inverse."""
         return {
             "path": self.path,
             "text": self.text,
             "answer": self.answer,
+            "foil": self.foil,
             "subject": self.subject,
             "revision": self.revision,
             "split": self.split,
@@ -105,6 +113,7 @@ class Dataset:
             path=normalized(values["path"], root) if local else values["path"],
             text=values["text"],
             answer=values.get("answer"),
+            foil=values.get("foil"),
             subject=values.get("subject"),
             revision=values.get("revision"),
             split=values.get("split"),
@@ -133,6 +142,7 @@ class Experiment:
     target: str  # argmax | answer | next
     read: str  # last | every: the positions at which effects are read
     keep: float | None  # share of the rows of a site that a cell stores (read: every); None: all
+    outcomes: tuple[str, ...]  # `logit` and names of planning.outcomes, in that table's order
     seed: int
 
 

@@ -9,6 +9,7 @@ from selfrepair.planning import templates
 from selfrepair.planning.ablations import replacement_dataset
 from selfrepair.planning.config import DATA_SUFFIXES, Config, Dataset, Experiment, Model
 from selfrepair.planning.config_yaml import Problem
+from selfrepair.planning.outcomes import FOIL
 from selfrepair.planning.sites import COMPONENTS
 from selfrepair.planning.spelling import did_you_mean
 from selfrepair.storage import checkpoints
@@ -53,9 +54,9 @@ def _model(model: Model) -> Iterator[Problem]:
 
 def _dataset(dataset: Dataset) -> Iterator[Problem]:
     key = f"datasets.{dataset.name}"
-    for name, field in (("text", dataset.text), ("answer", dataset.answer), ("subject", dataset.subject)):
+    for name, field in dataset.templates.items():
         try:
-            templates.parse(field or "text")
+            templates.parse(field)
         except templates.TemplateError as error:
             yield Problem(f"{key}.{name}", str(error), "see docs/config.md, Fields and templates.")
     if not dataset.local:
@@ -129,6 +130,15 @@ def _experiment(experiment: Experiment, config: Config, sound: set[str]) -> Iter
                 what = f"'answer' needs the true answers, and data set '{name}' has no `answer` field"
                 remedy = f"set `datasets.{name}.answer:`, or use `target: argmax`."
                 yield Problem(f"{key}.target", what, remedy)
+    if FOIL in experiment.outcomes:
+        if experiment.read == "every":
+            what = "'foil' is a continuation of the prompt, and `read: every` reads other positions as well"
+            yield Problem(f"{key}.outcomes", what, "use `read: last`, or remove foil from `outcomes`.")
+        for name in experiment.datasets:
+            if name in config.datasets and config.datasets[name].foil is None:
+                what = f"'foil' needs a wrong continuation of every prompt, and data set '{name}' has no `foil` field"
+                remedy = f"set `datasets.{name}.foil:`, or remove foil from `outcomes`."
+                yield Problem(f"{key}.outcomes", what, remedy)
     for name in experiment.models:
         if name in sound:
             yield from _layers(key, experiment, config.models[name])

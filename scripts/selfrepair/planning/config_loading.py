@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from selfrepair.errors import InputError
-from selfrepair.planning import config_checks, config_schema, training
+from selfrepair.planning import config_checks, config_schema, outcomes, training
 from selfrepair.planning.config import Config, Dataset, Experiment, Model, Runtime, is_local, normalized
 from selfrepair.planning.config_yaml import Problem, key_lines, read_yaml, repeated_keys
 
@@ -90,6 +90,7 @@ def _experiment(name: str, value: Mapping[str, Any]) -> Experiment:
         target=value["target"],
         read=value["read"],
         keep=None if value["keep"] == "all" else float(value["keep"]["top"]),
+        outcomes=outcomes.ordered(value["outcomes"]),
         seed=int(value["seed"]),
     )
 

@@ -12,6 +12,7 @@ import yaml
 
 from selfrepair.planning.ablations import ABLATIONS, REPLACE
 from selfrepair.planning.config_yaml import Problem, dotted
+from selfrepair.planning.outcomes import LOGIT, OUTCOMES
 from selfrepair.planning.spelling import did_you_mean, nearest
 
 SCHEMA = Path(__file__).parents[3] / "workflow" / "schemas" / "config.schema.yaml"
@@ -29,11 +30,12 @@ _KINDS = {
 
 @cache
 def schema() -> dict[str, Any]:
-    """Return the schema as a dictionary, with the names of the table of ablations as the allowed ablations."""
+    """Return the schema as a dictionary, with the names of the tables of ablations and of outcomes."""
     loaded = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     names = "|".join(map(re.escape, ABLATIONS))
     items = loaded["$defs"]["experiment"]["properties"]["ablations"]["items"]
     items["pattern"] = rf"^({names}|{REPLACE}-.+)(?!\n)$"
+    loaded["$defs"]["experiment"]["properties"]["outcomes"]["items"] = {"enum": [LOGIT, *OUTCOMES]}
     return loaded
 
 

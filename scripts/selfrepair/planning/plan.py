@@ -16,6 +16,7 @@ from selfrepair.planning.digests import dataset_digest, model_digest, tokenizer_
 from selfrepair.planning.figure_names import FORMATS
 from selfrepair.planning.figure_names import names as figure_names
 from selfrepair.planning.fingerprint import code_digest, stage_digest
+from selfrepair.planning.outcomes import FOIL
 from selfrepair.planning.sites import HEADS
 from selfrepair.planning.stages import MODEL_STAGES, worker_modules
 from selfrepair.storage import checkpoints
@@ -201,6 +202,7 @@ class Plan:
             "store": experiment.store,
             "seed": experiment.seed,
             "target": experiment.target,
+            "foil": FOIL in experiment.outcomes,
             "code": self.code("tokens"),
         }
 
@@ -252,6 +254,7 @@ class Plan:
             "target": experiment.target,
             "read": experiment.read,
             "keep": experiment.keep,
+            "outcomes": list(experiment.outcomes),
             "code": self.code("effects"),
         }
 
@@ -393,5 +396,6 @@ def _settings(experiment: Experiment) -> Spec:
         "target": experiment.target,
         "read": experiment.read,
         "keep": "all" if experiment.keep is None else {"top": experiment.keep},
+        "outcomes": list(experiment.outcomes),
         "seed": experiment.seed,
     }

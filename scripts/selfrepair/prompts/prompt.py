@@ -11,3 +11,4 @@ class Prompt:
     input_ids: tuple[int, ...]
     target: int | None = None  # token id whose logit is measured; None: the argmax of the clean logits
     answer: int | None = None  # first token id of the true answer, if the data set has one
+    foil: int | None = None  # first token id of the wrong continuation, if the data set has one

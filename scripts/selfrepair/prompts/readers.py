@@ -1,6 +1,6 @@
 """Turn the records of a data set into texts: templates filled, every error with file, line and field."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ class Text(NamedTuple):
     id: int  # the record's number in the file, from 0; blank lines do not count
     text: str
     answer: str | None
+    foil: str | None = None
 
 
 @dataclass
@@ -36,6 +37,7 @@ class DataCheck:
     records: int = 0
     texts: int = 0  # distinct usable texts; tokenization may drop more (too short for a window, same tokens)
     answers: int = 0  # of these, texts with an answer
+    foils: int = 0  # of these, texts with a foil
     bad_rows: int = 0
     problems: list[InputError] = field(default_factory=list)  # the first 20 that stop a run
     n_problems: int = 0  # all that stop a run
@@ -84,20 +86,19 @@ def check(dataset: Dataset, *, allow_empty: bool = False) -> DataCheck:
                 seen.add(key)
                 result.texts += 1
                 result.answers += text.answer is not None
+                result.foils += text.foil is not None
     except InputError as error:  # the file cannot be read further
         problem(error)
     return result
 
 
 def _texts(dataset: Dataset, allow_empty: bool, bad_row: Callable[[InputError], None]) -> Iterator[Text]:
-    text = templates.parse(dataset.text)
-    answer = None if dataset.answer is None else templates.parse(dataset.answer)
-    subject = None if dataset.subject is None else templates.parse(dataset.subject)
+    parsed = {key: templates.parse(template) for key, template in dataset.templates.items()}
     for index, entry in enumerate(records.read(dataset)):
         try:
             if isinstance(entry, InputError):
                 raise entry
-            filled = _filled(dataset, entry, text, answer, subject, allow_empty)
+            filled = _filled(dataset, entry, parsed, allow_empty)
         except InputError as error:
             bad_row(error)
             continue
@@ -107,22 +108,19 @@ def _texts(dataset: Dataset, allow_empty: bool, bad_row: Callable[[InputError], 
 def _filled(
     dataset: Dataset,
     entry: Located,
-    text: templates.Template,
-    answer: templates.Template | None,
-    subject: templates.Template | None,
+    parsed: Mapping[str, templates.Template],  # by key of the configuration
     allow_empty: bool,
-) -> tuple[str, str | None]:
-    """Return text and answer of a record. Raises InputError."""
-    record = entry.record
+) -> tuple[str, str | None, str | None]:
+    """Return text, answer and foil of a record. Raises InputError."""
     where = f"{records.shown(dataset)}, {entry.location}"
-    filled = _field(text, record, where, dataset, "text") or ""
-    if subject is not None:
-        filled = _with_subject(filled, _field(subject, record, where, dataset, "subject"), where, dataset)
+    values = {key: _field(template, entry.record, where, dataset, key) for key, template in parsed.items()}
+    filled = values["text"] or ""
+    if "subject" in values:
+        filled = _with_subject(filled, values["subject"], where, dataset)
     if not filled.strip() and not allow_empty:
         remedy = f"fill it or remove the record, or set `datasets.{dataset.name}.text` to another field."
         raise InputError(f"the text (`{dataset.text}`) is empty", where=where, remedy=remedy)
-    true = None if answer is None else _field(answer, record, where, dataset, "answer")
-    return filled, true or None
+    return filled, values.get("answer") or None, values.get("foil") or None
 
 
 def _field(

@@ -199,13 +199,13 @@ def _txt(dataset: Dataset, path: Path) -> Iterator[Located | InputError]:
 
 
 def used_fields(dataset: Dataset) -> tuple[str, ...]:
-    """Return the top-level fields that the data set's `text`, `answer` and `subject` read."""
-    parts = [part for part in (dataset.text, dataset.answer, dataset.subject) if part is not None]
+    """Return the top-level fields that the data set's `text`, `answer`, `foil` and `subject` read."""
+    parts = dataset.templates.values()
     return tuple(dict.fromkeys(field for part in parts for field in templates.parse(part).fields))
 
 
 def _require_columns(dataset: Dataset, columns: list[str]) -> None:
-    whole = {part for part in (dataset.text, dataset.answer, dataset.subject) if part in columns}
+    whole = {part for part in dataset.templates.values() if part in columns}
     for field in used_fields(dataset):
         if field not in columns and not any(name.startswith(f"{field}[") for name in whole):
             remedy = did_you_mean(field, columns, "The columns are")
@@ -221,7 +221,7 @@ def _parquet(dataset: Dataset, path: Path) -> Iterator[Located | InputError]:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _require_columns(dataset, names)
-            texts = (dataset.text, dataset.answer, dataset.subject)
+            texts = dataset.templates.values()
             wanted = [name for name in names if name in used_fields(dataset) or name in texts]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=wanted):

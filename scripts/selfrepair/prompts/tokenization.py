@@ -6,7 +6,7 @@ only windows are cut.
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -95,6 +95,9 @@ class Counts:
     tokenized: int = 0  # texts that were tokenized: all, unless enough others came first in the order
     too_short: int = 0  # of those, with fewer tokens than the window
     same_tokens: int = 0  # of those, with the tokens (or window) of another text
+    same_continuation: int = (
+        0  # of those, whose answer and foil begin with the same token (`on_bad_row: skip`)
+    )
     kept: int = 0
 
 
@@ -107,8 +110,16 @@ class Selection:
     tokens (or window) count as one, because a prompt must not be replaced by itself; the smallest key stays.
     """
 
-    def __init__(self, tokenizer: Tokenizer, size: int, seed: int, length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        size: int,
+        seed: int,
+        length: int | None = None,
+        usable: Callable[[Text, Specials], bool] | None = None,  # False: the text is left out
+    ) -> None:
         self.tokenizer, self.size, self.seed, self.length = tokenizer, size, seed, length
+        self._usable = usable
         self.added = specials(tokenizer)
         self.counts = Counts()
         self._order: list[int] = []  # keys of the chosen, ascending
@@ -138,6 +149,9 @@ class Selection:
             ids = window(ids or (), self.length, self.added)
         if not ids:
             self.counts.too_short += 1
+            return
+        if self._usable is not None and not self._usable(record, self.added):
+            self.counts.same_continuation += 1
             return
         if ids in self._windows:
             self.counts.same_tokens += 1

@@ -17,6 +17,7 @@ TOKENS = pa.schema(
         ("text_sha256", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("answer_ids", pa.list_(pa.int32())),  # null where the data set names no answer
+        ("foil_ids", pa.list_(pa.int32())),  # null where the data set names no foil
     ]
 )
 

@@ -21,6 +21,7 @@ from selfrepair.planning import grid
 from selfrepair.planning.config import Config, Dataset, Experiment, Model
 from selfrepair.planning.config_loading import load_file
 from selfrepair.planning.digests import TOKENIZER_FILES, dataset_digest
+from selfrepair.planning.outcomes import FOIL
 from selfrepair.prompts import readers
 from selfrepair.storage import atomic
 from selfrepair.tools.estimate import disk_bytes, estimates
@@ -98,6 +99,10 @@ def _counts(experiment: Experiment, dataset: Dataset, result: readers.DataCheck)
     elif experiment.target == "answer" and result.answers < needed:
         what = f"has {result.answers} texts with an answer, but {key} needs {needed} (`target: answer`)"
         remedy = f"use `target: argmax` in {key}, or fill the field `{dataset.answer}`."
+        yield InputError(what, where=dataset.path, remedy=remedy)
+    elif FOIL in experiment.outcomes and result.foils < needed:
+        what = f"has {result.foils} texts with a foil, but {key} needs {needed} (outcome `foil`)"
+        remedy = f"remove foil from `outcomes` of {key}, or fill the field `{dataset.foil}`."
         yield InputError(what, where=dataset.path, remedy=remedy)
 
 

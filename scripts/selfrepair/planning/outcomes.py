@@ -1,0 +1,13 @@
+"""The table of outcomes: what the ablation of a contribution changes beside the target's centred logit."""
+
+LOGIT = "logit"  # the target's centred logit with its ledger: always measured
+FOIL = "foil"
+# Name in the configuration -> column of the effects table.
+OUTCOMES = {"logprob": "logprob_change", "kl": "kl", "top1": "top1_changed", FOIL: "foil_logit_change"}
+# Read from the whole next-token distribution: one product with the unembedding matrix per ablated run.
+DISTRIBUTION = ("logprob", "kl", "top1")
+
+
+def ordered(outcomes: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """Return `outcomes` in the table's order, with `logit` first: the order in the configuration reruns nothing."""
+    return (LOGIT, *(name for name in OUTCOMES if name in outcomes))
