@@ -13,13 +13,14 @@ import pytest
 import tiny_models
 import torch
 from selfrepair.effects import reference, runs
-from selfrepair.effects.columns import COLUMNS, EFFECT, LOGIT, OUTCOME, PROFILE, names
+from selfrepair.effects.columns import COLUMNS, EFFECT, LOGIT, PROFILE, names
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
 from selfrepair.jobs.stages import activations, effects, std
 from selfrepair.models.loading import LoadedModel, wrap
 from selfrepair.models.weights import ModelSpec
+from selfrepair.planning.outcomes import OUTCOMES
 from selfrepair.planning.sites import Site, contributions
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import schemas, tables
@@ -72,6 +73,7 @@ class Experiment:
             "positions": self.positions,
             "target": "argmax",
             "seed": SEED,
+            "outcomes": ["logit", *OUTCOMES],
         }
 
     def path(self, *parts):
@@ -189,10 +191,10 @@ def disagreement(experiment, rows):
             value,
             row["target"],
             experiment.forward("here", row["prompt"]),
+            foil=(row["prompt"] + 7) % 200,
         )
         assert row["position"] == len(ids) - 1
-        assert all(row[name] is None for name in names(OUTCOME))
-        for name in names(*{column.kind for column in COLUMNS.values()} - {OUTCOME}):
+        for name in COLUMNS:
             wanted = getattr(expected, name).numpy()
             assert (row[name] is None) == bool(np.isnan(wanted).any()), name
             if row[name] is not None:

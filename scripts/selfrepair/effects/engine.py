@@ -13,27 +13,38 @@ positions `all`
     full     the whole model
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from selfrepair.effects import passes
+from selfrepair.effects import outcomes, passes
 from selfrepair.effects.columns import Effects
 from selfrepair.effects.rows import RowBlock, Rows
 from selfrepair.models.loading import LoadedModel
 from selfrepair.planning.sites import MLP, Site
 
+NONE_ASKED = outcomes.Asked()
 PATHS = {"last": ("rows", "decode", "full"), "all": ("trimmed", "replay", "full")}
 
 
 @torch.no_grad()
-def ablate(loaded: LoadedModel, blocks: list[RowBlock], site: Site, positions: str, path: str) -> Effects:
-    """Replace the contribution at `site` in every row and return the effects.
+def ablate(
+    loaded: LoadedModel,
+    blocks: list[RowBlock],
+    site: Site,
+    positions: str,
+    path: str,
+    asked: outcomes.Asked = NONE_ASKED,
+) -> Effects:
+    """Replace the contribution at `site` in every row and return the effects and the outcomes that are asked for.
 
     All blocks must have one length T, except on path `rows`. Rows are returned block by block, prompt by prompt,
     draw by draw. Raises HookSilentError if a hook did not fire exactly once, ValueError for an unknown path.
     """
     rows = Rows(loaded, blocks, site, positions)
-    return rows.effects(_final(loaded, rows, path))
+    final = _final(loaded, rows, path)
+    return replace(rows.effects(final), **outcomes.outcomes(rows, final, asked))
 
 
 @torch.no_grad()

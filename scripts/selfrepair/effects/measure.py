@@ -13,7 +13,8 @@ from selfrepair.effects import heads
 from selfrepair.effects.ablations import Ablation
 from selfrepair.effects.clean import CleanRun
 from selfrepair.effects.columns import COLUMNS, Effects
-from selfrepair.effects.engine import ablate
+from selfrepair.effects.engine import NONE_ASKED, ablate
+from selfrepair.effects.outcomes import Asked
 from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.models import memory
@@ -32,6 +33,7 @@ class Settings:
     positions: str  # last | all
     path: str  # of the engine
     rows: int  # tokens per matrix product: bounds the memory of a pass
+    asked: Asked = NONE_ASKED  # outcomes beside the target's logit
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _pieces(
                 _block(loaded, runs.run(rectangle.batch, layer), rectangle, ablation, sites)
                 for rectangle in group
             ]
-            effects = ablate(loaded, blocks, sites[0], settings.positions, settings.path)
+            effects = ablate(loaded, blocks, sites[0], settings.positions, settings.path, settings.asked)
         except torch.OutOfMemoryError:
             effects = None
         if effects is None:

@@ -104,9 +104,11 @@ def effects(
     value: Tensor,  # (T, d_model), or (1, d_model) to replace the last position only; width for a head
     target: int,
     clean: ForwardPass | None = None,
+    foil: int | None = None,
 ) -> Effects:
-    """Return all effects of one ablation of one prompt, from two full forward passes.
+    """Return all effects and outcomes of one ablation of one prompt, from two full forward passes.
 
+    `foil_logit_change` is NaN without a foil.
     Tensors are float64 on the CPU and have no row dimension: scalars () and profiles (layer,).
     """
     before = clean if clean is not None else forward(loaded, input_ids)
@@ -181,5 +183,25 @@ def effects(
         "replacement_cosine": float((own * replacement).sum()) / (lengths[0] * lengths[1])
         if all(lengths)
         else nan,
+        **_outcomes(loaded, before.logits, after.logits, target, foil),
     }
     return Effects(**{name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+
+def _outcomes(
+    loaded: LoadedModel,
+    before: Tensor,  # (vocabulary,) clean logits before soft-cap
+    after: Tensor,  # (vocabulary,)
+    target: int,
+    foil: int | None,
+) -> dict[str, float]:
+    """Return the outcomes as their definitions spell them, from the raw logits of the two passes."""
+    cap = loaded.adapter.softcap
+    p, q = (torch.softmax(x if cap is None else torch.tanh(x / cap) * cap, -1) for x in (before, after))
+    change = after - before
+    return {
+        "logprob_change": float(torch.log(q[target] / p[target])),
+        "kl": float((p * torch.log(p / q)).nan_to_num(0.0).sum()),  # a probability that is 0 adds nothing
+        "top1_changed": float(int(p.argmax()) != int(q.argmax())),
+        "foil_logit_change": float("nan") if foil is None else float(change[target] - change[foil]),
+    }

@@ -99,6 +99,14 @@ class Rows:
             parts.append(block.per_row(x[:, -1:] if last else x))
         return join(parts)
 
+    def readings(self) -> tuple[Tensor, Tensor]:  # (reading, d_model), (row,)
+        """Return the clean final residual streams, one per prompt of the blocks, and the reading of each row."""
+        last = self.loaded.n_layers
+        clean = join([block.run.residual[last][block.prompts, -1] for block in self.blocks])
+        sizes = [block.n_draws for block in self.blocks for _ in range(block.n_prompts)]
+        repeats = torch.tensor(sizes, device=clean.device)
+        return clean, torch.arange(len(sizes), device=clean.device).repeat_interleave(repeats)
+
     def effects(self, final: Tensor) -> Effects:  # (row, d_model), the final residual stream's last position
         """Return the effect columns of all rows."""
         final = final.to(self.w.dtype)

@@ -53,6 +53,7 @@ class Readout:
         self.softcap = adapter.softcap
         bias = getattr(head, "bias", None)
         self._bias = None if bias is None else bias.detach().to(self.dtype)  # (vocabulary,)
+        self.vocabulary = len(head.weight)
         # Summed in float64, because a float32 sum over 10^5 rows would lose digits of every effect.
         total = torch.zeros(adapter.d_model, dtype=torch.float64, device=head.weight.device)
         for rows in head.weight.detach().split(_VOCABULARY_CHUNK):

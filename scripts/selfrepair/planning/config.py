@@ -145,6 +145,27 @@ class Experiment:
     outcomes: tuple[str, ...]  # `logit` and names of planning.outcomes, in that table's order
     seed: int
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The experiment as the configuration writes it, with defaults filled in."""
+        return {
+            "models": list(self.models),
+            "datasets": list(self.datasets),
+            "positions": self.positions,
+            "length": self.length,
+            "samples": self.samples,
+            "store": self.store,
+            "ablations": list(self.ablations),
+            "components": list(self.components),
+            "layers": "all" if self.layers is None else list(self.layers),
+            "draws": self.draws,
+            "target": self.target,
+            "read": self.read,
+            "keep": "all" if self.keep is None else {"top": self.keep},
+            "outcomes": list(self.outcomes),
+            "seed": self.seed,
+        }
+
 
 @dataclass(frozen=True)
 class Runtime:

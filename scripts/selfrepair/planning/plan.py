@@ -289,7 +289,7 @@ class Plan:
         return {
             "experiment": experiment.name,
             "model": model.name,
-            "experiment_config": _settings(experiment),
+            "experiment_config": experiment.settings,
             "model_spec": model.spec,
             "datasets": {name: self.config.datasets[name].spec for name in experiment.datasets},
             "code": self.code("report"),
@@ -300,7 +300,7 @@ class Plan:
         experiment = self._experiment(wildcards)
         return {
             "experiment": experiment.name,
-            "experiment_config": _settings(experiment),
+            "experiment_config": experiment.settings,
             "models": {name: self._compared(self.config.models[name]) for name in experiment.models},
             "code": self.code("crossmodel"),
         }
@@ -378,24 +378,3 @@ class Plan:
         if name not in self._dataset_digests:
             self._dataset_digests[name] = dataset_digest(self.config.datasets[name])
         return self._dataset_digests[name]
-
-
-def _settings(experiment: Experiment) -> Spec:
-    """Return an experiment as the configuration writes it, with defaults filled in."""
-    return {
-        "models": list(experiment.models),
-        "datasets": list(experiment.datasets),
-        "positions": experiment.positions,
-        "length": experiment.length,
-        "samples": experiment.samples,
-        "store": experiment.store,
-        "ablations": list(experiment.ablations),
-        "components": list(experiment.components),
-        "layers": "all" if experiment.layers is None else list(experiment.layers),
-        "draws": experiment.draws,
-        "target": experiment.target,
-        "read": experiment.read,
-        "keep": "all" if experiment.keep is None else {"top": experiment.keep},
-        "outcomes": list(experiment.outcomes),
-        "seed": experiment.seed,
-    }

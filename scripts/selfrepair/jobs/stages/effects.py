@@ -3,7 +3,7 @@
 Input: `tokens` and `clean` of the source; `activations` or `std` if the table of ablations lists them.
 Output `cell` (selfrepair.effects.columns.EFFECTS): one row per source prompt x component x draw, logits.
 Params: experiment, model, model_spec, model_digest, source, ablation, layer, layers, components, positions, draws,
-seed, target, code.
+seed, target, outcomes, code.
 """
 
 import logging
@@ -21,6 +21,7 @@ from selfrepair.effects.ablations import EmbeddingNoise
 from selfrepair.effects.columns import COLUMNS, EFFECTS, PROFILE, names
 from selfrepair.effects.draws import Key
 from selfrepair.effects.measure import Settings, measure
+from selfrepair.effects.outcomes import Asked
 from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore, provenance
 from selfrepair.jobs.job import Job
@@ -58,7 +59,9 @@ def run(job: Job, session: Session) -> None:
         vectors = len(sources) * params["draws"] * (3 if heads else 2) * loaded.n_layers
         size = vectors * loaded.adapter.d_model * loaded.dtype.itemsize
         ablation.kept, ablation.heads = session.noise((key, ablation.key, heads), size), heads
-    settings = Settings(sites, params["draws"], positions, choice.path, rows)
+    foils = {prompt.id: prompt.foil for prompt in source if prompt.foil is not None}
+    asked = Asked(tuple(params["outcomes"]), foils)
+    settings = Settings(sites, params["draws"], positions, choice.path, rows, asked)
     started = time.perf_counter()
     measured = measure(loaded, runs, ablation, settings)
     seconds = time.perf_counter() - started
