@@ -1,13 +1,21 @@
 """Nothing is left on the CPU: the whole engine on a device whose tensors may not meet the CPU's."""
 
+import itertools
+
 import numpy as np
 import other_device
 import pytest
 import test_gpu
 import tiny_models
 import torch
+from selfrepair.effects import measure
+from selfrepair.effects.ablations import Zero
+from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import choose
+from selfrepair.errors import InputError
+from selfrepair.models import memory
 from selfrepair.models.loading import wrap
+from selfrepair.models.placement import place, spread
 
 
 def model():
@@ -33,6 +41,94 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
             there.numpy()
         back = ((there + 1.5)[torch.tensor([1])] @ torch.ones(3, device=device)).to("cpu")
     assert type(back) is torch.Tensor and back.tolist() == [16.5]
+
+
+def spread_model(devices):
+    spread = model()
+    place(spread, spread.model.layers, devices, "test")
+    return wrap(spread)
+
+
+# Values from the clean run, drawn, stored, and from a noised run: on each kind of path.
+CROSSING = [
+    ("last", "rows", "self"),
+    ("last", "rows", "gaussian"),
+    ("last", "rows", "noise"),
+    ("last", "decode", "replace-s"),
+    ("all", "trimmed", "replace-s"),
+    ("all", "full", "mean"),
+]
+
+
+@pytest.mark.parametrize(("positions", "last"), [("last", "here"), ("all", "there")])
+def test_a_model_spread_over_two_devices_gives_the_results_of_one(models, positions, last):
+    """Rows cross between the devices: both layers at the boundary, whole contributions and heads, all paths."""
+    here, _ = models
+    cases = [case for case in CROSSING if case[0] == positions]
+    with other_device.other_device() as there:
+        devices = [there, torch.device("cpu")] if last == "here" else [torch.device("cpu"), there]
+        spread = spread_model(devices)
+        assert spread.devices == tuple(devices) and spread.device == devices[-1]
+        assert [spread.device_of(layer) for layer in (1, 2)] == devices  # the cells' layer is 1
+        ids = [torch.tensor(p.input_ids, device=spread.device) for p in test_gpu.prompts(1, 6, positions)]
+        choice = choose(spread, ids, positions)
+        assert choice.path == ("rows" if positions == "last" else "trimmed"), choice
+        found = {case: test_gpu.cell(spread, case[2], *case[:2], count=2) for case in cases}
+        found[None] = heads(spread, positions, choice.path)
+    for case, columns in found.items():
+        expected = (
+            test_gpu.cell(here, case[2], *case[:2], count=2) if case else heads(here, positions, choice.path)
+        )
+        for name, values in expected.items():
+            np.testing.assert_allclose(columns[name], values, atol=1e-6, err_msg=f"{case} {name}")
+
+
+def heads(loaded, positions, path):
+    """Effects of every head of the layer before the boundary."""
+    found = CleanRuns(
+        loaded, test_gpu.prompts(2, 6, positions), positions, path == "rows", 100, 1 << 30, True
+    )
+    settings = measure.Settings(loaded.head_sites(1), 1, positions, path, 24)
+    return measure.measure(loaded, found, Zero(), settings)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rest", "n", "numbers"),
+    [
+        ([1, 1, 1, 1], 0, 2, [0, 0, 1, 1]),
+        ([1, 1, 1, 1], 2, 2, [0, 0, 0, 1]),  # embeddings and unembedding count on the last device
+        ([1, 1, 1, 1, 1, 1], 1, 3, [0, 0, 1, 1, 1, 2]),
+        ([5, 1, 1, 1], 0, 2, [0, 1, 1, 1]),
+        ([1, 1, 1], 0, 3, [0, 1, 2]),
+        ([1, 1, 1], 9, 1, [0, 0, 0]),
+    ],
+)
+def test_layers_are_spread_so_that_the_fullest_device_holds_least(sizes, rest, n, numbers):
+    def fullest(numbers):
+        return max(
+            sum(size for size, at in zip(sizes, numbers, strict=True) if at == device)
+            + (rest if device == n - 1 else 0)
+            for device in range(n)
+        )
+
+    found = spread(sizes, rest, n)
+    assert found == sorted(found) and found[-1] == n - 1
+    # Every way to cut the list in order, with the last layer on the last device.
+    ways = (sorted((*way, n - 1)) for way in itertools.product(range(n), repeat=len(sizes) - 1))
+    assert fullest(found) == fullest(numbers) == min(map(fullest, ways))
+
+
+def test_a_model_that_cannot_be_spread_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="5 devices for 4 layers"):
+        spread_model([torch.device("cpu")] * 5)
+    shared = model()
+    shared.model.layers[3].mlp = shared.model.layers[0].mlp
+    with pytest.raises(InputError, match="layers share weights"):
+        place(shared, shared.model.layers, [torch.device("cpu")] * 2, "test")
+    whole = model()
+    monkeypatch.setattr(memory, "free", lambda _device: 100_000)
+    with pytest.raises(InputError, match=r"(?s)cuda:1: 0.000\d+ GB of weights, 0.0001 GB free.*devices: 3"):
+        place(whole, whole.model.layers, [torch.device("cuda:0"), torch.device("cuda:1")], "test")
 
 
 @pytest.fixture(scope="module")

@@ -203,7 +203,7 @@ def test_out_of_memory_is_answered_by_smaller_chunks(caplog):
         found = cell(loaded, "replace-s", "all", "trimmed", rows=1 << 20, **settings)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "out of GPU memory: going on with half as many rows" in caplog.text
+    assert "out of GPU memory: resuming with half as many rows" in caplog.text
     np.testing.assert_allclose(found["delta_ablate"], expected["delta_ablate"], atol=1e-4)
 
 

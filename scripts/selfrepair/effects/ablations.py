@@ -151,7 +151,7 @@ class Random(_WithoutReplacement):
         return self._scaled_noise(run, prompts, draws, site).to(own.dtype)
 
     def _scaled_noise(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
-        device = run.input_ids.device
+        device = run.ablatable(site).device
         noise = [
             run.drawn(site, functools.partial(self.key.normal, prompt, draw))
             for prompt in run.prompts[prompts]
@@ -274,7 +274,7 @@ class EmbeddingNoise(_WithoutReplacement):
         ids = torch.stack([tokens[prompt] for prompt, _ in pairs])  # (pair, T)
         shape = (ids.shape[1], loaded.adapter.d_model)
         noise = torch.from_numpy(np.stack([self.key.normal(*pair, shape) for pair in pairs]))
-        noise = noise.to(loaded.device) * (NOISE_SCALE * embedding_std(loaded))
+        noise = noise.to(loaded.device_of(0)) * (NOISE_SCALE * embedding_std(loaded))
         noised: dict[Site, Tensor] = {}
 
         def note(site: Site, value: Tensor) -> None:
@@ -331,7 +331,7 @@ def _embedding_multiplier(loaded: LoadedModel) -> float:
     embedded = hooks.on_output([(embedding, lambda out: outputs.append(out.double()))])
     with embedded, hooks.on_input([(loaded.layers[0], enter)]):
         hooks.run_until_stopped(loaded.model, input_ids=ids, use_cache=False)
-    before, after = outputs[0], inputs[0]
+    before, after = outputs[0], inputs[0].to(outputs[0].device)
     if before.shape != after.shape:
         return 1.0
     factor = float((before * after).sum() / before.square().sum())

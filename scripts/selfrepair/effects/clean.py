@@ -102,7 +102,7 @@ def clean_run(
     def entering(number: int) -> Callable[[Tensor], None]:
         def see(hidden: Tensor) -> None:
             if number == 0:
-                embedding.append(hidden[:, -1].to(readout.dtype))
+                embedding.append(hidden[:, -1].to(loaded.device, readout.dtype))
             if number in wanted:
                 residual[number] = kept(hidden)
 
@@ -115,7 +115,7 @@ def clean_run(
             value = hooks.first(output).reshape(batch, length, -1)
             if multiplier != 1.0:
                 value = value * multiplier
-            at_last[site] = value[:, -1].to(readout.dtype).clone()
+            at_last[site] = value[:, -1].to(loaded.device, readout.dtype).clone()
             if site.layer in wanted:
                 kept_contributions[site] = kept(value)
 

@@ -56,9 +56,9 @@ def restart_error(loaded: LoadedModel, block: RowBlock, start: int, positions: s
     stream (shared keys and values, a shared choice of positions).
     """
     rows = Rows(loaded, [block], Site(start - 1, MLP), positions, until=start)
-    actual = _final(loaded, rows, path)
-    before = rows.clean_rows(lambda run: run.residual[start], last=True)[:, 0]
-    after = rows.clean_rows(lambda run: run.residual[start + 1], last=True)[:, 0]
+    actual = _final(loaded, rows, path).to(loaded.device)
+    before = rows.clean_rows(lambda run: run.residual[start], last=True)[:, 0].to(loaded.device)
+    after = rows.clean_rows(lambda run: run.residual[start + 1], last=True)[:, 0].to(loaded.device)
     added = torch.maximum((after - before).norm(dim=-1), 0.05 * after.norm(dim=-1))
     return float(((actual - after).norm(dim=-1) / added).max())
 

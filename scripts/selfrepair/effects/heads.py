@@ -48,5 +48,5 @@ def heads_unembed(
     for number, site in enumerate(sites):
         x[:, number, site.index] = 0
     w, sigma = run.direction.w[prompts, None], run.direction.sigma[prompts, None]
-    contribution = loaded.from_heads(layer, x.flatten(-2)).to(w.dtype)  # (prompt, site, d_model)
+    contribution = loaded.from_heads(layer, x.flatten(-2)).to(w)  # (prompt, site, d_model)
     return run.effects[component][prompts, layer, None] - torch.linalg.vecdot(contribution, w) / sigma

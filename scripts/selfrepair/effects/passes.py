@@ -55,6 +55,7 @@ def _earlier_layers_skipped(loaded: LoadedModel, start: int, hidden: Tensor) -> 
 
         return forward
 
+    hidden = hidden.to(loaded.device_of(start))
     replaced = [(loaded.layers[number], identity(number)) for number in range(start)]
     with hooks.forward_replaced(replaced), hooks.on_input([(loaded.layers[start], lambda _x: hidden)]):
         yield
@@ -143,7 +144,7 @@ def in_sequence(loaded: LoadedModel, rows: Rows) -> Tensor:  # (row, d_model)
     value = rows.value.reshape(1, -1, d_model) / loaded.layer(rows.site.layer).multiplier
     last_ids = join([block.per_row(block.run.input_ids[:, -1]) for block in rows.blocks])
     positions = [
-        torch.full((b.n_prompts * b.n_draws,), b.run.length - 1, device=hidden.device) for b in rows.blocks
+        torch.full((b.n_prompts * b.n_draws,), b.run.length - 1, device=loaded.device) for b in rows.blocks
     ]
     blocks = [attention.Block(b.run.prefix, b.prompts, b.n_prompts, b.n_draws) for b in rows.blocks]
     return _run(

@@ -55,7 +55,7 @@ def forward(
             flat = value.reshape(len(input_ids), -1)
             if replace is not None and replace[0] == site:
                 flat = flat.clone()
-                flat[-len(replace[1]) :] = replace[1].to(flat.dtype) / multiplier
+                flat[-len(replace[1]) :] = replace[1].to(flat) / multiplier
                 seen[site] = flat * multiplier
                 return hooks.with_first(output, flat.clone().reshape(value.shape))
             seen[site] = flat.clone() * multiplier
@@ -74,7 +74,7 @@ def forward(
             head_inputs[layer] = parts
             if replace is None or replace[0].index is None or replace[0].layer != layer:
                 return None
-            parts[-len(replace[1]) :, replace[0].index] = replace[1].to(parts.dtype)
+            parts[-len(replace[1]) :, replace[0].index] = replace[1].to(parts)
             return parts.clone().reshape(x.shape)
 
         return see
@@ -129,7 +129,7 @@ def effects(
 
     def unembed(vectors: list[Tensor]) -> list[float]:
         """Return u(x) of each vector: its target logit minus the mean over the whole vocabulary."""
-        x = torch.stack([vector.double() for vector in vectors])
+        x = torch.stack([vector.to(weight.device, torch.float64) for vector in vectors])
         x = x - x.mean(-1, keepdim=True) if norm.centred else x
         x = (x / frozen * norm.gain.double()).T * (
             loaded.adapter.logit_scale * loaded.adapter.head_input_scale

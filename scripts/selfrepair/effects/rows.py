@@ -81,7 +81,7 @@ class Rows:
         if site in self._observed:
             raise HookSilentError(f"{site} was observed twice in one pass")
         self._observed.add(site)
-        effect = torch.linalg.vecdot(at_last.to(self.w.dtype), self.w_over_sigma)  # (row,)
+        effect = torch.linalg.vecdot(at_last.to(self.w), self.w_over_sigma)  # (row,)
         self.ablated[site.component][:, site.layer] = effect
 
     def require_observed(self, start: int) -> None:
@@ -109,7 +109,7 @@ class Rows:
 
     def effects(self, final: Tensor) -> Effects:  # (row, d_model), the final residual stream's last position
         """Return the effect columns of all rows."""
-        final = final.to(self.w.dtype)
+        final = final.to(self.w)
         sigma = self.loaded.readout.norm.sigma(final)
         contribution = self.clean_rows(lambda run: run.contributions[self.site], last=True)[:, 0]
         return account(
@@ -122,8 +122,8 @@ class Rows:
             clean_sigma=self.sigma,
             ablated_sigma=sigma,
             constant=join([block.per_row(block.run.direction.constant) for block in self.blocks]),
-            replacement=self.value[:, -1].to(self.w.dtype),
-            contribution=contribution.to(self.w.dtype),
+            replacement=self.value[:, -1].to(self.w),
+            contribution=contribution.to(self.w),
             unembed=self._unembed(),
             site=self.site,
             parallel=self.loaded.layer(self.site.layer).parallel,

@@ -92,7 +92,7 @@ def _noise_size(clean: reference.ForwardPass, site: Site) -> float:
     """
 
     def size(contribution: Tensor) -> Tensor:
-        return contribution.float().square().mean(-1).sqrt().median()
+        return contribution.float().square().mean(-1).sqrt().median().cpu()
 
     typical = torch.stack([size(contribution) for contribution in clean.contributions.values()]).median()
     return float(torch.maximum(size(clean.contributions[site]), 0.1 * typical))

@@ -24,8 +24,8 @@ def facts_of(loaded: LoadedModel) -> dict[str, Any]:
         },
         "adapter": loaded.adapter.describe(),
         "dtype": spec.dtype,
-        "device": str(loaded.device),
-        "device_name": device_name(loaded.device),
+        "device": " ".join(map(str, loaded.devices)),
+        "device_name": ", ".join(dict.fromkeys(map(device_name, loaded.devices))),
         "versions": versions(),
     }
 

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,9 +22,11 @@ from selfrepair.models.adapter import (
     tolerance,
 )
 from selfrepair.models.detection import detect
+from selfrepair.models.placement import place
 from selfrepair.models.probes import probe_ids
 from selfrepair.models.readout import Readout
 from selfrepair.models.roles import check_roles
+from selfrepair.models.trace import find_layers
 from selfrepair.models.weights import ModelSpec, local_snapshot, weights_digest
 from selfrepair.planning.sites import ATTN, Site, contributions
 from selfrepair.storage import checkpoints
@@ -100,8 +102,19 @@ class LoadedModel:
 
     @cached_property
     def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return next(self.model.parameters()).device
+        """Return the device of the embeddings and the unembedding: where a pass begins and where it is read."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    @cached_property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Return all devices of the weights, in the order of the layers. `device` is the last one."""
+        return tuple(dict.fromkeys(map(self.device_of, range(self.n_layers))))
+
+    def device_of(self, layer: int) -> torch.device:
+        """Return the device of a layer, and of the clean activations and replacement values at its sites."""
+        return next(self.layers[layer].parameters()).device
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -159,14 +172,15 @@ def check_closure(loaded: LoadedModel) -> float:
 
     def start(hidden: Tensor) -> None:
         nonlocal total, squares
-        total = hidden.double().clone()
+        total = hidden.to(loaded.device).double().clone()
         squares = total.square()
 
     def add(multiplier: float) -> Callable[[Any], None]:
         def see(output: Any) -> None:
             nonlocal total, squares, fired
             assert total is not None and squares is not None
-            contribution = multiplier * hooks.first(output).double().reshape(total.shape)
+            value = hooks.first(output).to(loaded.device)
+            contribution = multiplier * value.double().reshape(total.shape)
             total, squares = total + contribution, squares + contribution.square()
             fired += 1
 
@@ -206,19 +220,25 @@ def check_closure(loaded: LoadedModel) -> float:
     return error
 
 
-def load(spec: ModelSpec, device: torch.device, weights_sha256: str | None = None) -> LoadedModel:
-    """Return the model of `spec` on `device`, checked. `weights_sha256`: its `weights_digest`, if already known.
+def load(
+    spec: ModelSpec, device: torch.device | Sequence[torch.device], weights_sha256: str | None = None
+) -> LoadedModel:
+    """Return the model of `spec`, checked. `weights_sha256`: its `weights_digest`, if already known.
+
+    With several devices in `device`, the layers are spread over them.
 
     Raises InputError: no safetensors; missing, misshapen, surplus or non-finite weights; an unknown
-    architecture; or an architecture without an additive decomposition.
+    architecture; an architecture without an additive decomposition; or devices with too little memory.
     """
     directory = local_snapshot(spec)
     checkpoints.check_directory(directory, shown=spec.path)
     config = weights.read_config(directory)
     require_decoder_only(config, spec.path)
-    log.info("loading %s (%s) on %s", spec.path, spec.dtype, device)
+    devices = [device] if isinstance(device, torch.device) else list(device)
+    log.info("loading %s (%s) on %s", spec.path, spec.dtype, ", ".join(map(str, devices)))
     model, surplus = weights.read_model(config, directory, spec.dtype)
-    loaded = wrap(model.to(device), spec, weights_sha256 or weights_digest(directory))
+    place(model, find_layers(model, probe_ids(model))[1], devices, spec.path)
+    loaded = wrap(model, spec, weights_sha256 or weights_digest(directory))
     weights.check_surplus(surplus, loaded.model, loaded.adapter.layers_path, directory)
     log.info(
         "%s: %d layers, d_model %d, %s",

@@ -25,7 +25,7 @@ def probe_ids(model: PreTrainedModel, rows: int = 1) -> Tensor:  # (rows, T) int
     """Return a short prompt of token ids spread over the vocabulary, `rows` times."""
     config = text_config(model)
     length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    device = next(model.parameters()).device
+    device = model.get_input_embeddings().weight.device
     # Multiples of the golden ratio: distinct, and neither sorted nor near the ends, where special tokens are.
     shares = (torch.arange(1, length + 1, dtype=torch.float64) * 0.6180339887498949) % 1
     ids = (0.05 + 0.9 * shares) * (config.vocab_size - 1)

@@ -108,7 +108,7 @@ def _inputs(job: Job, loaded: LoadedModel, rows: int) -> ablations.Inputs:
         stored = tensors.read(job.input[ACTIVATIONS])
         inputs.store_prompts = stored["prompt"].tolist()
         values = {
-            name: _with_positions(x, positions).to(loaded.device)
+            name: _with_positions(x, positions).to(loaded.device_of(layer))
             for name, x in stored.items()
             if name != "prompt"
         }
