@@ -15,7 +15,7 @@ from selfrepair.effects.selftest import choose
 from selfrepair.errors import InputError
 from selfrepair.models import memory
 from selfrepair.models.loading import wrap
-from selfrepair.models.placement import place, spread
+from selfrepair.models.placement import move_to_devices, spread
 
 
 def model():
@@ -45,7 +45,7 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses():
 
 def spread_model(devices):
     spread = model()
-    place(spread, spread.model.layers, devices, "test")
+    move_to_devices(spread, spread.model.layers, devices, "test")
     return wrap(spread)
 
 
@@ -124,11 +124,11 @@ def test_a_model_that_cannot_be_spread_is_refused(monkeypatch):
     shared = model()
     shared.model.layers[3].mlp = shared.model.layers[0].mlp
     with pytest.raises(InputError, match="layers share weights"):
-        place(shared, shared.model.layers, [torch.device("cpu")] * 2, "test")
+        move_to_devices(shared, shared.model.layers, [torch.device("cpu")] * 2, "test")
     whole = model()
     monkeypatch.setattr(memory, "free", lambda _device: 100_000)
     with pytest.raises(InputError, match=r"(?s)cuda:1: 0.000\d+ GB of weights, 0.0001 GB free.*devices: 3"):
-        place(whole, whole.model.layers, [torch.device("cuda:0"), torch.device("cuda:1")], "test")
+        move_to_devices(whole, whole.model.layers, [torch.device("cuda:0"), torch.device("cuda:1")], "test")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from selfrepair.models.adapter import (
     tolerance,
 )
 from selfrepair.models.detection import detect
-from selfrepair.models.placement import place
+from selfrepair.models.placement import move_to_devices
 from selfrepair.models.probes import probe_ids
 from selfrepair.models.readout import Readout
 from selfrepair.models.roles import check_roles
@@ -237,7 +237,7 @@ def load(
     devices = [device] if isinstance(device, torch.device) else list(device)
     log.info("loading %s (%s) on %s", spec.path, spec.dtype, ", ".join(map(str, devices)))
     model, surplus = weights.read_model(config, directory, spec.dtype)
-    place(model, find_layers(model, probe_ids(model))[1], devices, spec.path)
+    move_to_devices(model, find_layers(model, probe_ids(model))[1], devices, spec.path)
     loaded = wrap(model, spec, weights_sha256 or weights_digest(directory))
     weights.check_surplus(surplus, loaded.model, loaded.adapter.layers_path, directory)
     log.info(

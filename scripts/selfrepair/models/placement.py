@@ -20,7 +20,7 @@ from selfrepair.errors import InputError
 from selfrepair.models import memory
 
 
-def place(
+def move_to_devices(
     model: PreTrainedModel, layers: Sequence[nn.Module], devices: Sequence[torch.device], where: str
 ) -> None:
     """Move `model`, whose decoder layers are `layers`, onto `devices` (at least one).
