@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,46 +37,65 @@ def models() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def prompts() -> list[Any]:
+def clean(models: dict[str, Any]) -> dict[str, list[Clean]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(PLANTED)
     records = evaluate.read_jsonl(DEMO / "data" / "facts.jsonl")
-    return [torch.tensor([tokenizer.encode(r["prompt"])]) for r in records[-PROMPTS:]]
+    prompts = [torch.tensor(tokenizer.encode(r["prompt"])) for r in records[-PROMPTS:]]
+    return {name: clean_runs(model, prompts) for name, model in models.items()}
+
+
+@dataclass
+class Clean:
+    """The clean runs of prompts of one length: final streams and directions of the targets, (prompt, d_model)."""
+
+    ids: Any  # (prompt, T)
+    final: Any
+    direction: Any
 
 
 def final_stream(model: Any, ids: Any) -> tuple[Any, Any]:
-    """Return the last position's stream (d_model) before the final norm, and the logits (vocabulary)."""
+    """Return the last position's streams (prompt, d_model) before the final norm, and logits (prompt, vocabulary)."""
     seen = []
-    handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0, -1]))
-    logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+    handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, -1]))
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
     handle.remove()
     return seen[0], logits
 
 
-def restoration(model: Any, prompts: list[Any], layer: int, component: str) -> float:
+def clean_runs(model: Any, prompts: list[Any]) -> list[Clean]:
+    """Return the clean runs by length."""
+    unembedding = model.lm_head.weight
+    runs = []
+    for length in sorted({len(ids) for ids in prompts}):
+        ids = torch.stack([prompt for prompt in prompts if len(prompt) == length])
+        final, logits = final_stream(model, ids)
+        sigma = (final.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        direction = (unembedding[logits.argmax(-1)] - unembedding.mean(0)) * model.model.norm.weight / sigma
+        runs.append(Clean(ids, final, direction))
+    return runs
+
+
+def restoration(model: Any, runs: list[Clean], layer: int, component: str) -> float:
     """Return mean repair / mean direct loss when the contribution is set to zero at the last token."""
     block = model.model.layers[layer]
     module = block.self_attn if component == "attn" else block.mlp
-    unembedding = model.lm_head.weight
     losses = repairs = 0.0
-    for ids in prompts:
+    for clean in runs:
         own = []
 
         def zero(_: Any, __: Any, output: Any, own: list[Any] = own) -> Any:
             whole = output[0] if isinstance(output, tuple) else output
-            own.append(whole[0, -1].clone())
+            own.append(whole[:, -1].clone())
             changed = whole.clone()
-            changed[0, -1] = 0.0
+            changed[:, -1] = 0.0
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        clean, logits = final_stream(model, ids)
         handle = module.register_forward_hook(zero)
-        ablated, _ = final_stream(model, ids)
+        ablated, _ = final_stream(model, clean.ids)
         handle.remove()
-        sigma = (clean.pow(2).mean() + model.config.rms_norm_eps).sqrt()
-        direction = (unembedding[logits.argmax()] - unembedding.mean(0)) * model.model.norm.weight / sigma
-        loss = own[0] @ direction
-        losses += float(loss)
-        repairs += float((ablated - clean) @ direction + loss)
+        loss = (own[0] * clean.direction).sum(-1)
+        losses += float(loss.sum())
+        repairs += float((((ablated - clean.final) * clean.direction).sum(-1) + loss).sum())
     return repairs / losses
 
 
@@ -100,18 +120,18 @@ def test_it_still_knows_its_facts() -> None:
 @pytest.mark.parametrize("component", ["attn", "mlp"])
 @pytest.mark.parametrize("layer", PLANTED_LAYERS)
 def test_zero_ablation_is_repaired_where_it_was_planted(
-    models: dict[str, Any], prompts: list[Any], layer: int, component: str
+    models: dict[str, Any], clean: dict[str, list[Clean]], layer: int, component: str
 ) -> None:
-    assert 0.6 < restoration(models["planted"], prompts, layer, component) < 1.2
-    assert restoration(models["first"], prompts, layer, component) < 0.2
+    assert 0.6 < restoration(models["planted"], clean["planted"], layer, component) < 1.2
+    assert restoration(models["first"], clean["first"], layer, component) < 0.2
 
 
 @pytest.mark.parametrize(("layer", "component"), [(1, "attn"), (2, "attn"), (6, "attn"), (6, "mlp")])
 def test_other_contributions_are_not_repaired(
-    models: dict[str, Any], prompts: list[Any], layer: int, component: str
+    models: dict[str, Any], clean: dict[str, list[Clean]], layer: int, component: str
 ) -> None:
-    for model in models.values():
-        assert restoration(model, prompts, layer, component) < 0.0
+    for name, model in models.items():
+        assert restoration(model, clean[name], layer, component) < 0.0
 
 
 def test_the_training_log_belongs_to_the_model() -> None:
