@@ -43,8 +43,11 @@ def _entry(rows: Rows) -> _Entry:
 
 
 @contextlib.contextmanager
-def _earlier_layers_skipped(loaded: LoadedModel, start: int, hidden: Tensor) -> Iterator[None]:
-    """Make layers before `start` the identity, and `hidden` the input of layer `start`."""
+def earlier_layers_skipped(loaded: LoadedModel, start: int, hidden: Tensor) -> Iterator[None]:
+    """Make layers before `start` the identity, and `hidden` the input of layer `start`.
+
+    `start` may be the number of layers: then `hidden` leaves the last one.
+    """
 
     def identity(number: int) -> Callable[..., Any]:
         outputs = loaded.layer(number).layer_outputs
@@ -57,7 +60,8 @@ def _earlier_layers_skipped(loaded: LoadedModel, start: int, hidden: Tensor) -> 
 
     hidden = hidden.to(loaded.device_of(start))
     replaced = [(loaded.layers[number], identity(number)) for number in range(start)]
-    with hooks.forward_replaced(replaced), hooks.on_input([(loaded.layers[start], lambda _x: hidden)]):
+    entered = loaded.layers[min(start, loaded.n_layers - 1)]
+    with hooks.forward_replaced(replaced), hooks.on_input([(entered, lambda _x: hidden)]):
         yield
 
 
@@ -122,7 +126,7 @@ def _run(
     ]
     with contextlib.ExitStack() as stack:
         if entry is not None:
-            stack.enter_context(_earlier_layers_skipped(loaded, entry.start, entry.hidden))
+            stack.enter_context(earlier_layers_skipped(loaded, entry.start, entry.hidden))
             if entry.replaces and skip_mixer:
                 value = inject(torch.empty_like(entry.hidden))
                 stack.enter_context(_mixer_skipped(loaded, rows.site.layer, value))

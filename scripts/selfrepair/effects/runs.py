@@ -118,8 +118,8 @@ class CleanRuns:
         heads: bool = False,
     ) -> None:
         self.batches = list(batches(prompts, tokens))
-        self._loaded, self._positions, self._prefix, self._budget = loaded, positions, prefix, budget
-        self._heads = heads
+        self._loaded, self.positions, self._prefix, self._budget = loaded, positions, prefix, budget
+        self.heads = heads
         self._targets = {prompt.id: prompt.target for prompt in prompts}
         self._kept: dict[int, CleanRun] = {}
         self._latest: tuple[tuple[int, int], CleanRun] | None = None
@@ -162,10 +162,10 @@ class CleanRuns:
         return run_batch(
             self._loaded,
             self.batches[number],
-            positions=self._positions,
+            positions=self.positions,
             keep=keep,
             prefix=self._prefix,
-            heads=self._heads,
+            heads=self.heads,
         )
 
     @cached_property
@@ -177,17 +177,17 @@ class CleanRuns:
         run = run_batch(
             self._loaded,
             Batch((replace(prompt, input_ids=prompt.input_ids[:_TOKENS_MEASURED]),)),
-            positions=self._positions,
+            positions=self.positions,
             keep={0},
             prefix=self._prefix,
-            heads=self._heads,
+            heads=self.heads,
         )
         activations = (run.residual[0], *run.contributions.values(), *run.head_inputs.values())
         one = sum(t.numel() * t.element_size() for t in activations)
         keys_values = sum(t.numel() * t.element_size() for pair in run.prefix.values() for t in pair)
         tokens = sum(len(batch.prompts) * batch.length for batch in self.batches)
         prompts = sum(len(batch.prompts) for batch in self.batches)
-        rows = prompts if self._positions == "last" else tokens / run.length
+        rows = prompts if self.positions == "last" else tokens / run.length
         # Keys and values of the last position are not recorded.
         recorded = (tokens - prompts) / max(1, run.length - 1)
         return math.ceil(one * self._loaded.n_layers * rows + keys_values * recorded)

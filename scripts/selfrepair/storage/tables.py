@@ -29,7 +29,7 @@ def write(
     `metadata` becomes file-level `hydra_effect.KEY` entries (JSON), beside the schema version and the digest of the
     contents. Raises ValueError if the columns are not those of `schema`, InputError if the disk refuses the file.
     """
-    table = columns if isinstance(columns, pa.Table) else _table(columns, schema)
+    table = columns if isinstance(columns, pa.Table) else as_table(columns, schema)
     entries = {"schema_version": SCHEMA_VERSION, **metadata}
     entries["content_sha256"] = content_digest(table, entries)
     encoded = {
@@ -42,7 +42,8 @@ def write(
         pq.write_table(table, temporary, compression="zstd")
 
 
-def _table(columns: Mapping[str, Any], schema: pa.Schema | None) -> pa.Table:
+def as_table(columns: Mapping[str, Any], schema: pa.Schema | None) -> pa.Table:
+    """Return `columns` as a table with the types of `schema`. Raises ValueError if the columns are not those of it."""
     if schema is None:
         return pa.table(dict(columns))
     if set(columns) != set(schema.names):

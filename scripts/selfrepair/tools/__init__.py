@@ -1,5 +1,6 @@
-"""Commands that a user runs beside the workflow: estimate, verify, provenance.
+"""What a user runs beside the workflow: commands such as estimate, verify and provenance, and the Python API.
 
-Each module is started with `python -m selfrepair.tools.NAME` through a target of the Makefile.
+Commands are started with `python -m selfrepair.tools.NAME` through a target of the Makefile. The package exports the
+functions of the API.
 Modules here may import from every room, and no room imports from here.
 """

@@ -70,7 +70,9 @@ def run(job: Job, session: Session) -> None:
     answers = {row.id: row.answer for row in source}
     order = {row.id: number for number, row in enumerate(source)}
     runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads)
-    table = [entry for number in range(len(runs.batches)) for entry in _rows(runs.readings(number), answers)]
+    table = [
+        entry for number in range(len(runs.batches)) for entry in clean_rows(runs.readings(number), answers)
+    ]
     table.sort(key=lambda entry: order[entry["prompt"]])
     tokenizer = session.tokenizer(params["model_spec"]["path"], params["model_spec"]["revision"])
     for entry in table:
@@ -88,7 +90,7 @@ def _target(prompt: Prompt, target: str) -> int | None:
     return prompt.answer if target == "answer" else None
 
 
-def _rows(clean: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str, Any]]:
+def clean_rows(clean: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str, Any]]:
     """Yield one row of the clean table per prompt of a run."""
     columns = {
         "target": clean.direction.target,

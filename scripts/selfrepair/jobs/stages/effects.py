@@ -65,14 +65,11 @@ def run(job: Job, session: Session) -> None:
     started = time.perf_counter()
     measured = measure(loaded, runs, ablation, settings)
     seconds = time.perf_counter() - started
-    number_of = {row.id: number for number, row in enumerate(source)}
-    rank = np.array([number_of[prompt] for prompt in measured["prompt"].tolist()])
-    order = np.lexsort((measured["draw"], rank, measured["site"]))
-    measured = {name: values[order] for name, values in measured.items()}
-    _require_finite(measured, job.output["cell"])
+    measured = in_order(measured, {row.id: number for number, row in enumerate(source)})
+    require_finite(measured, job.output["cell"])
     correct = dict(zip(clean["prompt"], clean["correct"], strict=True))
-    facts = {row.id: _Facts(targets[row.id], correct[row.id], len(row.input_ids) - 1) for row in source}
-    columns = _columns(params, measured, sites, ablation, facts)
+    facts = {row.id: Facts(targets[row.id], correct[row.id], len(row.input_ids) - 1) for row in source}
+    columns = table_columns(params, measured, sites, ablation, facts)
     metadata = {
         "config": params,
         "cell_key": job.runtime.get("cell_key"),
@@ -87,7 +84,7 @@ def run(job: Job, session: Session) -> None:
         **provenance.facts_of(loaded),
     }
     tables.write(job.output["cell"], columns, EFFECTS, metadata)
-    log.info("%d rows, %.3f s in the engine (path %s)", len(order), seconds, choice.path)
+    log.info("%d rows, %.3f s in the engine (path %s)", len(measured["prompt"]), seconds, choice.path)
 
 
 def _inputs(job: Job, loaded: LoadedModel, rows: int) -> ablations.Inputs:
@@ -141,7 +138,7 @@ def _with_positions(stored: Tensor, positions: str) -> Tensor:  # -> (prompt, P,
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What a row repeats about its prompt."""
 
     target: int
@@ -149,12 +146,12 @@ class _Facts:
     position: int  # the last one
 
 
-def _columns(
-    params: dict[str, Any],
+def table_columns(
+    params: Mapping[str, Any],
     measured: dict[str, np.ndarray],
     sites: tuple[Site, ...],
     ablation: ablations.Ablation,
-    facts: dict[int, _Facts],  # by prompt
+    facts: dict[int, Facts],  # by prompt
 ) -> dict[str, Any]:
     """Return every column of the table, ready to be written."""
     ids, draws = measured["prompt"].tolist(), measured["draw"].tolist()
@@ -187,7 +184,15 @@ def _columns(
     }
 
 
-def _require_finite(measured: dict[str, np.ndarray], cell: str) -> None:
+def in_order(measured: dict[str, np.ndarray], rank: Mapping[int, int]) -> dict[str, np.ndarray]:
+    """Return the rows by site, prompt (`rank` is the place of each id) and draw, not in the order of batches."""
+    ranks = np.array([rank[prompt] for prompt in measured["prompt"].tolist()])
+    order = np.lexsort((measured["draw"], ranks, measured["site"]))
+    return {name: values[order] for name, values in measured.items()}
+
+
+def require_finite(measured: dict[str, np.ndarray], cell: str) -> None:
+    """Raise InputError, with the first prompt, if a number is infinite, or NaN where the column has no nulls."""
     for name in set(COLUMNS) & set(measured):
         values = measured[name].reshape(len(measured["prompt"]), -1)
         bad = (np.isinf(values) if COLUMNS[name].nullable else ~np.isfinite(values)).any(1)
