@@ -52,6 +52,7 @@ class Plan:
     store: int = 20
     draws: int = 4
     components: tuple[str, ...] = COMPONENTS
+    heads: int = 0  # single attention heads that are ablated beside the components
     positions: str = "last"
     length: int = 16  # tokens per prompt where positions is `all`
     parallel: bool = False  # attention and MLP read the same residual: no MLP change in the ablated layer
@@ -267,11 +268,15 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
     n, draws = plan.prompts, plan.draws_of(ablation)
     replacement = _replacements(plan, source, ablation)
     parts: list[dict[str, Any]] = []
-    for component in plan.components:
-        unembed = clean[component][:, layer].astype(float)
-        values, truth = _effects(plan, source, ablation, layer, component, unembed)
+    sites = [*((name, None) for name in plan.components), *(("head", head) for head in range(plan.heads))]
+    for component, head in sites:
+        # A head's truth is planted under the name `head0`, `head1`, ...
+        name = component if head is None else f"head{head}"
+        unembed = clean["attn" if head is not None else component][:, layer].astype(float)
+        unembed = unembed if head is None else unembed * (head + 1) / plan.heads
+        values, truth = _effects(plan, source, ablation, layer, name, unembed)
         if truth is not None:
-            run.truth[source, ablation, layer, component] = truth
+            run.truth[source, ablation, layer, name] = truth
         delta = values["delta_ablate"]
         parts.append(
             values
@@ -283,14 +288,15 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
                 "delta_unembed": np.broadcast_to(np.float32(unembed)[:, None], (n, draws)),
                 "clean_logit": np.broadcast_to(clean["clean_logit"][:, None], (n, draws)),
                 "ablated_logit": np.float32(clean["clean_logit"][:, None].astype(float) + delta),
-                **_diagnostics(plan, source, ablation, layer, component, values["norm_effect"]),
+                "head": np.full((n, draws), -1 if head is None else head),
+                **_diagnostics(plan, source, ablation, layer, name, values["norm_effect"]),
             }
         )
     flat = {
         name: np.concatenate([p[name].reshape(n * draws, *p[name].shape[2:]) for p in parts])
         for name in parts[0]
     }
-    rows, repeats = len(flat["prompt"]), len(plan.components)
+    rows, repeats = len(flat["prompt"]), len(sites)
     correct = [c for c in clean["correct"] for _ in range(draws)] * repeats
     columns: dict[str, Any] = flat | {
         "experiment": [plan.experiment] * rows,
@@ -299,7 +305,7 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
         "ablation": [ablation] * rows,
         "layer": np.full(rows, layer, dtype=np.int16),
         "component": flat["component"].tolist(),
-        "head": [None] * rows,
+        "head": [None if head < 0 else int(head) for head in flat["head"]],
         "replacement": [None] * rows if replacement is None else replacement.ravel().tolist() * repeats,
         "replacement_cosine": [None if np.isnan(v) else v for v in flat["replacement_cosine"]],
         "downstream_attn": list(flat["downstream_attn"]),
@@ -347,7 +353,7 @@ def _replacements(plan: Plan, source: str, ablation: str) -> NDArray[np.int32] |
 def downstream_range(layer: int, component: str, plan: Plan) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which attention and which MLP contributions lie below an ablation, [layers] each."""
     index = np.arange(plan.layers)
-    same_layer = component == "attn" and not plan.parallel
+    same_layer = component != "mlp" and not plan.parallel
     return index > layer, index >= layer if same_layer else index > layer
 
 

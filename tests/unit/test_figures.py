@@ -28,6 +28,8 @@ from selfrepair.report.figures import (
     downstream_heatmap,
     figure,
     frames,
+    heads_grid,
+    heads_scatter,
     impact_before_after,
     impact_by_layer,
     ledger,
@@ -43,10 +45,10 @@ from selfrepair.report.figures.build import build
 from selfrepair.storage import tables
 
 PLAN = synthetic.Plan(
-    datasets=("facts", "python"), layers=4, prompts=10, draws=2, ablations=("zero", "replace")
+    datasets=("facts", "python"), layers=4, prompts=10, draws=2, ablations=("zero", "replace"), heads=3
 )
 SOURCE, ABLATION, LAYER, COMPONENT = "python", "replace-facts", 1, "attn"
-NAMES = figure_names.names(2, PLAN.expanded())
+NAMES = figure_names.names(2, PLAN.expanded(), heads=True)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,34 @@ def test_before_and_after_starts_at_a_middle_layer_and_names_its_prompt(data: fr
     assert all("Synthetic prompt" in label and "token" in label for label in prompt["bind"]["labels"])
 
 
+def test_head_figures_are_means_over_the_rows_of_heads(data: frames.Frames, run: synthetic.Run) -> None:
+    raw = pl.read_parquet(run.cell(SOURCE, ABLATION, LAYER)).filter(pl.col("head") == 2)
+    repair = (raw["compensation_attn"] + raw["compensation_mlp"]).cast(pl.Float64)
+    row = heads_grid.data(data).filter(
+        (pl.col("source") == SOURCE) & (pl.col("ablation") == ABLATION), layer=LAYER, head=2
+    )
+    assert row["drop"].item() == pytest.approx(-raw["delta_ablate"].cast(pl.Float64).mean())  # type: ignore[operator]
+    assert row["repair"].item() == pytest.approx(repair.mean())
+    verdicts = pl.read_parquet(run.base / "summary/verdicts.parquet").filter(pl.col("head").is_not_null())
+    assert heads_grid.data(data).height == verdicts.filter(pl.col("ablation") != "self").height
+    spec = build("heads-grid", data).spec
+    assert marks(spec, "rect") == 3 * 3 * PLAN.layers and marks(spec, "symbol") == 3 * PLAN.layers
+    total = heads_scatter.data(data).filter(
+        (pl.col("source") == SOURCE) & (pl.col("ablation") == ABLATION),
+        layer=LAYER,
+        head=2,
+        reading="with norm",
+    )
+    both = repair.mean() + raw["norm_effect"].cast(pl.Float64).mean()  # type: ignore[operator]
+    assert total["repair"].item() == pytest.approx(both)
+
+
+def test_heads_are_not_drawn_as_contributions(data: frames.Frames) -> None:
+    for frame in (data.prompts, data.verdicts, data.layers, data.size, impact_before_after.data(data)):
+        assert set(frame["component"]) == {"attn", "mlp"}
+    assert set(data.heads["component"]) == {"head"}
+
+
 def test_fits_are_least_squares(data: frames.Frames, cell: dict[str, np.ndarray]) -> None:
     loss = -cell["direct_effect"].mean(1)
     repair = (cell["compensation_attn"] + cell["compensation_mlp"]).mean(1)
@@ -312,9 +342,13 @@ def test_a_single_option_has_no_control() -> None:
 
 
 def test_names_depend_on_the_experiment() -> None:
-    assert "substitution-matrix" in figure_names.names(2, ("zero", "replace-a", "replace-b", "self"))
-    assert "substitution-matrix" not in figure_names.names(1, ("zero", "replace-a", "self"))
-    assert "substitution-matrix" not in figure_names.names(2, ("zero", "self"))
+    assert "substitution-matrix" in figure_names.names(
+        2, ("zero", "replace-a", "replace-b", "self"), heads=False
+    )
+    assert "substitution-matrix" not in figure_names.names(1, ("zero", "replace-a", "self"), heads=False)
+    assert "substitution-matrix" not in figure_names.names(2, ("zero", "self"), heads=False)
+    assert "heads-grid" in figure_names.names(1, ("zero", "self"), heads=True)
+    assert "heads-grid" not in figure_names.names(1, ("zero", "self"), heads=False)
     with pytest.raises(ValueError, match="no figure 'pie'"):
         build("pie", None)  # type: ignore[arg-type]
 
@@ -376,7 +410,7 @@ def test_small_experiments_draw(plan: synthetic.Plan, tmp_path: Path) -> None:
     run = synthetic.write(tmp_path, plan)
     summary_stage.run(Job.from_json(run.summary_job()), None)
     small = read(run)
-    for name in figure_names.names(1, plan.expanded()):
+    for name in figure_names.names(1, plan.expanded(), heads=False):
         assert "<svg" in figure.svg(build(name, small))
 
 

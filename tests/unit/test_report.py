@@ -322,7 +322,37 @@ def test_crossings_and_replacements_are_the_summarys(evil: tuple[Page, Job, synt
     assert row[4] == f"{kept['layers_less']} of {kept['layers']}"
     assert row[5].startswith(number(kept["drop"]))
     replaced = [[cell.text for cell in row] for row in report_tables.replacements(results).rows]
-    assert len(replaced) == len(rows) and {row[-1] for row in replaced} == {"4"}
+    assert len(replaced) == len(rows) and {row[3] for row in replaced} == {"4"}
+
+
+def test_heads_have_a_section_of_their_own(tmp_path: Path) -> None:
+    plan = synthetic.Plan(ablations=("zero", "replace"), layers=3, prompts=12, draws=2, heads=2)
+    job, run = make(tmp_path, plan, ("scatter-by-layer", "heads-grid", "heads-prompts"))
+    report.run(job, None)
+    shown = Page(job.output["report"])
+    ids = [attrs["id"] for tag, attrs in shown.elements if tag == "section" and "id" in attrs]
+    assert ids[ids.index("who") + 1] == "heads"
+    every = results_of(job)
+    whole, heads = every.whole(), every.heads()
+    assert heads is not None and whole.heads() is None
+    verdicts = pl.read_parquet(run.base / "summary/verdicts.parquet").filter(
+        (pl.col("ablation") == "replace-facts") & ~pl.col("class").cast(pl.String).is_in(NOT_REPAIRABLE)
+    )
+    counts = verdicts["head"].null_count(), verdicts["head"].count()
+    assert f"of {counts[0]} contributions that could be repaired" in sentences.repair(whole)[0]
+    assert f"of {counts[1]} heads that could be repaired" in sentences.repair(heads)[0]
+    assert sentences.repair(heads)[0] in shown.words()
+    assert len(report_tables.verdicts(whole).rows) == 6
+    assert {row[3].text for row in report_tables.verdicts(heads).rows} == {"head 0", "head 1"}
+    data = next(json.loads(body) for attrs, body in shown.scripts if attrs.get("id") == "explorer-data")
+    prompt = data["prompts"][0]
+    assert len(prompt["ledger"]) == len(data["sites"]) == 6
+    assert [row[:2] for row in prompt["heads"]] == [[layer, head] for layer in range(3) for head in range(2)]
+    raw = pl.read_parquet(run.cell("facts", "replace-facts", 2)).filter(
+        (pl.col("head") == 1) & (pl.col("prompt") == prompt["prompt"])
+    )
+    drop = prompt["heads"][-1][2 + data["terms"].index("drop")]
+    assert drop == pytest.approx(-raw["delta_ablate"].cast(pl.Float64).mean(), rel=1e-2)  # type: ignore[operator]
 
 
 def test_warnings_come_first(evil: tuple[Page, Job, synthetic.Run], tmp_path: Path) -> None:

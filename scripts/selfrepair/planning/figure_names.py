@@ -17,6 +17,7 @@ class FigureEntry:
     section: str  # id of a section of report.html
     title: str
     compares_datasets: bool = False  # drawn only if there are two data sets and a replacement between them
+    of_heads: bool = False  # drawn only if single attention heads are ablated
 
 
 FIGURES = (
@@ -31,6 +32,8 @@ FIGURES = (
     FigureEntry("taxonomy", "who", "What later contributions do: attenuated, woken, propagated"),
     FigureEntry("compensation-split", "who", "Repair by attention and by MLPs"),
     FigureEntry("downstream-heatmap", "who", "Which contributions change when one is ablated"),
+    FigureEntry("heads-grid", "heads", "Every head: drop, direct loss, repair and class", of_heads=True),
+    FigureEntry("heads-scatter", "heads", "Repair against direct loss, head by head", of_heads=True),
     FigureEntry("compensation-scatter", "dose", "Repair against direct loss"),
     FigureEntry("compensation-slopes", "dose", "Slope of repair on direct loss"),
     FigureEntry("ablations-compared", "ablations", "Does the verdict depend on the ablation?"),
@@ -38,17 +41,22 @@ FIGURES = (
         "substitution-matrix", "ablations", "Which data set's activations can stand in for which", True
     ),
     FigureEntry("impact-before-after", "prompts", "Direct effects before and after one ablation"),
+    FigureEntry("heads-prompts", "prompts", "Every head in one prompt", of_heads=True),
     FigureEntry("noise-floor", "trust", "Effect size against the noise floor"),
 )
 
 
-def names(n_datasets: int, ablations: Sequence[str]) -> list[str]:
+def names(n_datasets: int, ablations: Sequence[str], *, heads: bool) -> list[str]:
     """Return the names of an experiment's figures in the order of the report.
 
-    `ablations` are the expanded names (`replace-python`, not `replace`).
+    `ablations` are the expanded names (`replace-python`, not `replace`). `heads`: single heads are ablated.
     """
     compares = n_datasets > 1 and any(name.startswith("replace") for name in ablations)
-    return [entry.name for entry in FIGURES if compares or not entry.compares_datasets]
+    return [
+        entry.name
+        for entry in FIGURES
+        if (compares or not entry.compares_datasets) and (heads or not entry.of_heads)
+    ]
 
 
 def entry(name: str) -> FigureEntry:

@@ -112,7 +112,8 @@ class Plan:
         return experiments
 
     def _figure_names(self, experiment: Experiment) -> list[str]:
-        return figure_names(len(experiment.datasets), grid.ablations(experiment))
+        heads = HEADS in experiment.components
+        return figure_names(len(experiment.datasets), grid.ablations(experiment), heads=heads)
 
     # ---- input files -------------------------------------------------------------------------------------
 

@@ -34,9 +34,12 @@ class Section:
 
 def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> str:
     """Return the page as text. `inputs` and `params` are those of the report job. Raises DamagedFileError."""
-    results = read(inputs)
+    every = read(inputs)
+    results, heads = every.whole(), every.heads()
     shown = pictures(inputs["figures"], page)
-    scatter = figure.group(inputs["figures"])["scatter-by-layer"]
+    drawn = figure.group(inputs["figures"])
+    scatter = drawn["scatter-by-layer"]
+    of_heads = table(drawn["heads-prompts"]["parquet"]) if "heads-prompts" in drawn else None
     config = params.get("experiment_config", {})
     groups = report_tables.facts(params, _measured(tables.read_metadata(inputs["clean"][0])))
     return templating.render(
@@ -49,10 +52,10 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
         answers=sentences.answers(results),
         notes=sentences.positions(config.get("positions", "last")),
         overview=report_tables.overview(results),
-        sections=_sections(results),
+        sections=_sections(results, heads),
         facts=[(heading, settings(values)) for heading, values in groups],
         data_table=report_tables.datasets(results, inputs["tokens"]),
-        explorer=script(explorer.payload(results, table(scatter["parquet"]), inputs["tokens"])),
+        explorer=script(explorer.payload(results, table(scatter["parquet"]), of_heads, inputs["tokens"])),
         layers=sorted(results.verdicts["layer"].unique()),
         ablations=results.ablations,
         sources=results.sources,
@@ -63,7 +66,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
     )
 
 
-def _sections(results: Results) -> list[Section]:
+def _sections(results: Results, heads: Results | None) -> list[Section]:
     details = [] if len(results.sources) == 1 else results.sources
     who = [text for source in details for text in _responsibility(results, source)]
     return [
@@ -77,6 +80,7 @@ def _sections(results: Results) -> list[Section]:
             who or sentences.repairers(results),
             details=[report_tables.strongest(results)],
         ),
+        *([] if heads is None else [_heads(heads)]),
         Section("dose", "Does repair follow the loss?"),
         Section(
             "ablations",
@@ -93,6 +97,17 @@ def _sections(results: Results) -> list[Section]:
             [report_tables.replacements(results)],
         ),
     ]
+
+
+def _heads(heads: Results) -> Section:
+    """Return the section on single attention heads."""
+    return Section(
+        "heads",
+        "Which attention heads are repaired?",
+        [*sentences.repair(heads), *sentences.importance(heads), *sentences.repairers(heads)],
+        [report_tables.overview(heads)],
+        [report_tables.verdicts(heads), report_tables.strongest(heads)],
+    )
 
 
 def _responsibility(results: Results, source: str) -> list[str]:

@@ -12,8 +12,8 @@ from altair.utils.schemapi import debug_mode
 from selfrepair.analysis import thresholds
 from selfrepair.report import comparison_figures as draw
 from selfrepair.report.comparison_emergence import emergence
-from selfrepair.report.comparison_figures import JUDGED, READINGS
 from selfrepair.report.figures import figure, theme
+from selfrepair.report.figures.classes import JUDGED, READINGS
 from selfrepair.report.figures.figure import Figure
 from selfrepair.report.figures.frames import table, without_control
 from selfrepair.report.figures.wording import listing, number, plural, ranges
@@ -101,21 +101,29 @@ def answers(verdicts: pl.DataFrame) -> list[str]:
         ablation = draw.default(rows, source)
         shown = rows.filter(pl.col("ablation") == ablation)
         head = f"{model} ({source}, {ablation}, n = {plural(draw.most_prompts(shown), 'prompt')}): "
-        judged = shown.filter(pl.col("class").is_in(JUDGED))
-        repaired = judged.filter(pl.col("class") == "repaired")
-        text = f"{repaired.height} of {plural(judged.height, 'contribution')} that could be repaired "
-        text += "is repaired" if repaired.height == 1 else "are repaired"
-        if repaired.height:
-            low, high = repaired["restoration"].min(), repaired["restoration"].max()
-            text += f": {sites(repaired)}. Their restoration is between {number(low)} and {number(high)}"  # type: ignore[arg-type]
-        amplified = judged.filter(pl.col("class") == "amplified").height
-        text += f". {amplified} {'is' if amplified == 1 else 'are'} amplified."
-        column = READINGS["with norm"][1]
-        total = shown.filter(pl.col(column).is_in(JUDGED))
-        more = total.filter(pl.col(column) == "repaired").height
-        text += f" With the norm's effect counted as repair, {more} of {total.height} are repaired."
-        sentences.append(head + text)
+        kinds = {"contribution": pl.col("head").is_null(), "head": pl.col("head").is_not_null()}
+        for noun, kept in kinds.items():
+            if shown.filter(kept).height:
+                sentences.append(head + _counts(shown.filter(kept), noun))
     return sentences
+
+
+def _counts(shown: pl.DataFrame, noun: str) -> str:
+    """Return how many contributions or heads are repaired, which, and how much."""
+    judged = shown.filter(pl.col("class").is_in(JUDGED))
+    repaired = judged.filter(pl.col("class") == "repaired")
+    text = f"{repaired.height} of {plural(judged.height, noun)} that could be repaired "
+    text += "is repaired" if repaired.height == 1 else "are repaired"
+    if repaired.height:
+        low, high = repaired["restoration"].min(), repaired["restoration"].max()
+        text += f": {sites(repaired)}. Their restoration is between {number(low)} and {number(high)}"  # type: ignore[arg-type]
+    amplified = judged.filter(pl.col("class") == "amplified").height
+    text += f". {amplified} {'is' if amplified == 1 else 'are'} amplified."
+    column = READINGS["with norm"][1]
+    total = shown.filter(pl.col(column).is_in(JUDGED))
+    more = total.filter(pl.col(column) == "repaired").height
+    text += f" With the norm's effect counted as repair, {more} of {total.height} are repaired."
+    return text
 
 
 def contrasts(verdicts: pl.DataFrame) -> list[str]:
@@ -200,12 +208,15 @@ def _verdict_table(verdicts: pl.DataFrame) -> Table:
     rows = []
     for (_, source), group in verdicts.group_by("model", "source", maintain_order=True):
         shown = group.filter(pl.col("ablation") == draw.default(group, str(source)))
-        for row in shown.sort("layer", "component").iter_rows(named=True):
+        for row in shown.sort("layer", "component", "head").iter_rows(named=True):
             means = [
                 interval_cell(row[name], row[f"{name}_low"], row[f"{name}_high"])
                 for name in ("loss", "repair", "norm", *(column for column, _, _ in READINGS.values()))
             ]
-            rows.append([*(cell(row[key]) for key in keys), cell(row["class"]), *means, cell(row["prompts"])])
+            named = row | ({} if row["head"] is None else {"component": f"head {row['head']}"})
+            rows.append(
+                [*(cell(named[key]) for key in keys), cell(row["class"]), *means, cell(row["prompts"])]
+            )
     head = [*keys, "class", "direct loss (logits)", "repair (logits)", "norm effect (logits)"]
     head += [f"restoration, {words}" for _, _, words in READINGS.values()]
     caption = (

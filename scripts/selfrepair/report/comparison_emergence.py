@@ -7,7 +7,7 @@ import altair as alt
 import polars as pl
 
 from selfrepair.report import comparison_figures as draw
-from selfrepair.report.figures import controls, theme
+from selfrepair.report.figures import classes, controls, theme
 from selfrepair.report.figures.figure import Figure, named
 
 
@@ -89,7 +89,7 @@ def emergence(table: pl.DataFrame, family: str, steps: Mapping[str, int]) -> Fig
             .encode(
                 x=alt.X("step:O", title="training step", axis=alt.Axis(labelAngle=0)),
                 y=alt.Y("value:Q", title="contributions", axis=alt.Axis(format="d", tickMinStep=1)),
-                color=draw.class_colour([name for name in draw.CLASSES if name in set(own["class"])]),
+                color=classes.colour([name for name in classes.CLASSES if name in set(own["class"])]),
                 order=alt.Order("rank:Q"),
                 tooltip=["step:O", "class:N", "value:Q"],
             )

@@ -6,32 +6,13 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.analysis import verdicts
+from selfrepair.report.figures import classes as classes_of
 from selfrepair.report.figures import controls, theme
+from selfrepair.report.figures.classes import CLASSES, JUDGED, READINGS
 from selfrepair.report.figures.figure import Figure, csv, named, specification
 from selfrepair.report.figures.frames import default_ablation, order_ablations
 from selfrepair.report.figures.wording import plural
 
-# The classes of a contribution, with their colours and marks; the first three are those that could be repaired.
-CLASSES = {
-    verdicts.REPAIRED: (theme.GREEN, "circle"),
-    verdicts.UNDECIDED: (theme.GREY, "diamond"),
-    verdicts.AMPLIFIED: (theme.VERMILLION, "triangle-down"),
-    verdicts.NO_DIRECT_PATH: (theme.SKY, "cross"),
-    verdicts.NOTHING_DOWNSTREAM: ("#c9c9c9", "square"),
-}
-JUDGED = tuple(name for name in CLASSES if name not in verdicts.NOT_REPAIRABLE)
-_WORDS = {
-    "clean": "clean norm scale",
-    "own": "each run's own norm scale",
-    "with norm": "with the norm's effect",
-}
-# Reading -> columns of restoration and class, and what the reader sees.
-READINGS = {
-    reading.name: (f"restoration{reading.suffix}", f"class{reading.suffix}", _WORDS[reading.name])
-    for reading in verdicts.READINGS
-}
-READING = "pick_reading"
 CLIP = 2.0  # the restoration axis stops here: ratios grow without bound where the loss is small
 SIDE_BY_SIDE = 4  # models that still fit next to each other
 KEYS = ["model", "source", "ablation", "layer", "depth", "component", "prompts"]
@@ -70,10 +51,10 @@ def restoration(table: pl.DataFrame) -> Figure:
         scale = alt.Scale(domain=[-CLIP, CLIP])
         y = alt.Y("value:Q", title=f"restoration, {theme.COMPONENT[component]}", scale=scale)
         bars = base.mark_rule(clip=True, strokeWidth=2).encode(
-            x=x, y=alt.Y("low:Q", scale=scale, title=""), y2="high:Q", color=class_colour(classes)
+            x=x, y=alt.Y("low:Q", scale=scale, title=""), y2="high:Q", color=classes_of.colour(classes)
         )
         marks = base.mark_point(clip=True, filled=True, size=70, opacity=1).encode(
-            x=x, y=y, color=class_colour(classes), shape=_class_shape(classes), tooltip=_tooltip()
+            x=x, y=y, color=classes_of.colour(classes), shape=classes_of.shape(classes), tooltip=_tooltip()
         )
         title = f"{model}: {theme.COMPONENT[component]} ablated"
         return alt.layer(*rules(), bars, marks).properties(width=300, height=190, title=title)
@@ -152,7 +133,7 @@ def classes(table: pl.DataFrame) -> Figure:
         .encode(
             y=alt.Y("model:N", title=None, sort=models),
             x=alt.X("count:Q", title="contributions", axis=alt.Axis(format="d", tickMinStep=1)),
-            color=class_colour([name for name in CLASSES if name in set(rows["class"])]),
+            color=classes_of.colour([name for name in CLASSES if name in set(rows["class"])]),
             order=alt.Order("rank:Q"),
             tooltip=["model:N", "class:N", "count:Q"],
         )
@@ -254,8 +235,7 @@ def choices(rows: pl.DataFrame, reading: bool = True) -> Choices:
     ]
     picked = f"source {sources[0]}, ablation {first}"
     if reading:
-        labels = [words for _, _, words in READINGS.values()]
-        parameters.append(controls.choice(READING, "reading", list(READINGS), "clean", labels))
+        parameters.append(classes_of.reading())
         picked += f", {READINGS['clean'][2]}"
     return parameters, picked
 
@@ -263,17 +243,6 @@ def choices(rows: pl.DataFrame, reading: bool = True) -> Choices:
 def _layer_axis(layers: Sequence[int]) -> alt.X:
     scale = alt.Scale(domain=[min(layers) - 0.4, max(layers) + 0.4], nice=False, zero=False)
     return alt.X("layer:Q", title=theme.LAYER, scale=scale, axis=alt.Axis(format="d", tickMinStep=1))
-
-
-def class_colour(shown: Sequence[str]) -> alt.Color:
-    """Return the colour of a class."""
-    scale = alt.Scale(domain=list(shown), range=[CLASSES[name][0] for name in shown])
-    return alt.Color("class:N", title="class", scale=scale)
-
-
-def _class_shape(shown: Sequence[str]) -> alt.Shape:
-    scale = alt.Scale(domain=list(shown), range=[CLASSES[name][1] for name in shown])
-    return alt.Shape("class:N", title="class", scale=scale)
 
 
 def _tooltip() -> list[Any]:

@@ -45,7 +45,7 @@ def overview(results: Results) -> Table:
                 ]
             )
     head = ["data set", "what counts as repair", *CLASSES, "largest restoration", "after ablating"]
-    return Table(head, rows, "Contributions by class, each source under its default ablation.")
+    return Table(head, rows, f"{results.noun.capitalize()}s by class, each source under its default ablation")
 
 
 def verdicts(results: Results) -> Table:
@@ -70,7 +70,8 @@ def verdicts(results: Results) -> Table:
         "repair R",
     ]
     head += ["norm N", "restoration", "own norms", "with norm", "adjusted p", "prompts"]
-    return Table(head, rows, "Verdicts: logits and shares with 95 % intervals; T = D − R − N.")
+    caption = f"Verdict on every {results.noun}: logits and shares with 95 % intervals; T = D − R − N"
+    return Table(head, rows, caption)
 
 
 def strongest(results: Results) -> Table:
@@ -128,24 +129,26 @@ def replacements(results: Results) -> Table:
     ):
         ratios, shares = group["norm_ratio_median"], group["replacement_share"]
         values = (
-            *(source, component, ablation),
+            *(source, component, ablation, group.height),
             *(ratios.min(), ratios.max(), shares.min(), shares.max()),
-            *(int(group["off_manifold"].sum() or 0), int(group["not_clean"].sum() or 0), group.height),
+            *(int(group["off_manifold"].sum() or 0), int(group["not_clean"].sum() or 0)),
         )
         rows.append([cell(value) for value in values])
     head = [
         "source",
         "component",
         "ablation",
+        "contributions",
         "norm ratio, least",
         "largest",
         "share of Δunembed left, least",
         "largest",
     ]
-    head += ["layers off the manifold", "layers not clean", "layers"]
+    head += ["off the manifold", "not clean"]
     caption = (
-        f"What the replacements are: median |ã| / |a| per layer (off the manifold beyond {MAX_NORM_RATIO:g} or below "
-        f"its inverse), and mean u(ã) / mean u(a) (not clean above {number(MAX_REPLACEMENT_SHARE)})"
+        f"What the replacements are: median |ã| / |a| per contribution or head (off the manifold beyond "
+        f"{MAX_NORM_RATIO:g} or below its inverse), and mean u(ã) / mean u(a) (not clean above "
+        f"{number(MAX_REPLACEMENT_SHARE)})"
     )
     return Table(head, rows, caption)
 

@@ -1,16 +1,22 @@
 """The tables that the report states: verdicts, summaries, audit, clean runs, and each source's default ablation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
 from selfrepair.analysis.verdicts import NOT_REPAIRABLE
-from selfrepair.report.figures.frames import CELL, default_ablation, order_ablations, table, without_control
+from selfrepair.report.figures.frames import (
+    SITE,
+    default_ablation,
+    order_ablations,
+    table,
+    with_drop,
+    without_control,
+)
 
 Row = dict[str, Any]
-KEYS = (*CELL, "head")  # `head` is null for a whole contribution
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,19 @@ class Results:
     clean: pl.DataFrame  # one row per source prompt
     sources: tuple[str, ...]
     ablations: tuple[str, ...]
+    noun: str = "contribution"  # what the rows of `verdicts` and `layers` are
+
+    def whole(self) -> "Results":
+        """The results of whole contributions."""
+        return self._only(pl.col("head").is_null(), self.noun)
+
+    def heads(self) -> "Results | None":
+        """The results of single attention heads; None if no head was ablated."""
+        only = self._only(pl.col("head").is_not_null(), "head")
+        return None if only.verdicts.is_empty() else only
+
+    def _only(self, rows: pl.Expr, noun: str) -> "Results":
+        return replace(self, verdicts=self.verdicts.filter(rows), layers=self.layers.filter(rows), noun=noun)
 
     def default_ablation(self, source: str) -> str:
         """The ablation that sentences speak about."""
@@ -50,7 +69,7 @@ class Results:
 
     def strongest(self, row: Row) -> Row | None:
         """The strongest repairer of an ablated contribution; None if its interval includes 0."""
-        same = [pl.col(key).eq_missing(row[key]) for key in KEYS]
+        same = [pl.col(key).eq_missing(row[key]) for key in SITE]
         chosen = self.downstream.filter(pl.all_horizontal(same) & pl.col("strongest"))
         best = chosen.row(0, named=True) if chosen.height else None
         return best if best and excludes_zero(best, "low", "high") else None
@@ -63,7 +82,7 @@ def read(inputs: Mapping[str, Any]) -> Results:
     verdicts = without_control(table(inputs["verdicts"]))
     sources = tuple(clean["source"].unique(maintain_order=True))
     return Results(
-        verdicts=_with_drop(verdicts, layers),
+        verdicts=with_drop(verdicts, layers),
         layers=layers,
         downstream=without_control(table(inputs["downstream"])),
         numerics=table(inputs["numerics"]),
@@ -72,23 +91,6 @@ def read(inputs: Mapping[str, Any]) -> Results:
         clean=clean,
         sources=sources,
         ablations=order_ablations(verdicts["ablation"].unique(maintain_order=True).to_list(), sources),
-    )
-
-
-def _with_drop(verdicts: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
-    means = layers.select(
-        *KEYS,
-        drop=-pl.col("delta_ablate_mean"),
-        drop_low=-pl.col("delta_ablate_high"),
-        drop_high=-pl.col("delta_ablate_low"),
-        delta_unembed="delta_unembed_mean",
-        delta_unembed_low="delta_unembed_low",
-        delta_unembed_high="delta_unembed_high",
-        correlation="correlation",
-    )
-    order = pl.col("layer"), pl.col("component"), pl.col("head")
-    return verdicts.join(means, on=KEYS, how="left", nulls_equal=True, maintain_order="left").sort(
-        "source", "ablation", *order
     )
 
 

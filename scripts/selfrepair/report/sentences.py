@@ -74,17 +74,17 @@ def repair(results: Results) -> list[str]:
     rows, every = results.repairable(), results.defaults()
     if not rows:
         return [
-            f"There is nothing to repair: none of {plural(len(every), 'contribution')} has a direct path whose loss "
+            f"There is nothing to repair: none of {plural(len(every), results.noun)} has a direct path whose loss "
             f"later contributions could repair ({scope(results, every)})."
         ]
-    sentences = [f"{_verdict(rows)} ({scope(results, rows)})."]
+    sentences = [f"{_verdict(results, rows)} ({scope(results, rows)})."]
     sentences += _extremes(results, rows, "")
     for reading in READINGS[1:]:
         sentences += _reading(results, reading.name, reading.suffix)
     return sentences + _nothing_to_repair(results, every)
 
 
-def _verdict(rows: Sequence[Row]) -> str:
+def _verdict(results: Results, rows: Sequence[Row]) -> str:
     count = counts([row["class"] for row in rows])
     repaired, amplified, undecided = count[REPAIRED], count[AMPLIFIED], count[UNDECIDED]
     if repaired == 0:
@@ -92,7 +92,7 @@ def _verdict(rows: Sequence[Row]) -> str:
     else:
         word = "Yes" if 2 * repaired > len(rows) else "In part"
     return (
-        f"{word}: of {plural(len(rows), 'contribution')} that could be repaired by later contributions, {repaired} "
+        f"{word}: of {plural(len(rows), results.noun)} that could be repaired by later contributions, {repaired} "
         f"{_are(repaired)} repaired, {amplified} {_are(amplified)} amplified and {undecided} {_are(undecided)} "
         "undecided"
     )
@@ -156,9 +156,9 @@ def _nothing_to_repair(results: Results, every: Sequence[Row]) -> list[str]:
     for kind, words in reasons.items():
         rows = [row for row in every if row["class"] == kind]
         if rows:
-            which = f" ({layers_of(rows)})" if len(results.sources) == 1 else ""
+            which = "" if len(results.sources) > 1 or results.noun == "head" else f" ({layers_of(rows)})"
             sentences.append(
-                f"Not counted: {words} {plural(len(rows), 'contribution')}{which} out of {len(every)} "
+                f"Not counted: {words} {plural(len(rows), results.noun)}{which} out of {len(every)} "
                 f"({sample(every)})."
             )
     return sentences
@@ -206,10 +206,10 @@ def repairers(results: Results) -> list[str]:
     """Return which later contributions repair most often, and what they do after one ablation."""
     rows = results.repairable()
     if not rows:
-        return [f"No contribution could be repaired ({scope(results, results.defaults())})."]
+        return [f"No {results.noun} could be repaired ({scope(results, results.defaults())})."]
     repaired = [row for row in rows if row["class"] == REPAIRED]
     if not repaired:
-        first = f"No contribution is repaired on balance ({scope(results, rows)})."
+        first = f"No {results.noun} is repaired on balance ({scope(results, rows)})."
         return [first, *responsibility(results, example(rows))]
     return [*_most_often(results, repaired), *responsibility(results, example(rows))]
 
@@ -229,7 +229,7 @@ def _most_often(results: Results, repaired: Sequence[Row]) -> list[str]:
     where = max(strongest, key=strongest.count)
     return [
         f"{where[0].upper()}{where[1:]} is the strongest repairer of {strongest.count(where)} of the "
-        f"{plural(len(repaired), 'repaired contribution')} ({scope(results, repaired)})."
+        f"{plural(len(repaired), f'repaired {results.noun}')} ({scope(results, repaired)})."
     ]
 
 
@@ -267,7 +267,7 @@ def agreement(results: Results) -> list[str]:
         classes = rows.group_by("layer", "component", "head").agg(pl.col("class").n_unique())["class"]
         used = names(rows.to_dicts(), "ablation")
         sentences.append(
-            f"On {source}, {int((classes == 1).sum())} of {len(classes)} contributions have the same class under all "
+            f"On {source}, {int((classes == 1).sum())} of {len(classes)} {results.noun}s have the same class under all "
             f"{len(used)} ablations ({listing(used)}; n = {number_of(sorted(set(rows['prompts'])))} prompts)."
         )
     return sentences

@@ -13,6 +13,7 @@ from selfrepair.planning.sites import COMPONENTS
 from selfrepair.storage import tables
 
 CELL = ("source", "ablation", "layer", "component")
+SITE = (*CELL, "head")  # `head` is null for a whole contribution
 CONTROL = "self"
 TEXT = 110  # characters of a prompt in a tooltip, from its end: the last position is where effects are read
 
@@ -33,7 +34,10 @@ class Inputs:
 class Frames:
     """The tables of one experiment and model. Logits throughout; changes are ablated minus clean."""
 
-    verdicts: pl.DataFrame  # summary/verdicts.parquet
+    verdicts: pl.DataFrame  # summary/verdicts.parquet of whole contributions
+    heads: (
+        pl.DataFrame
+    )  # the same of single heads, with the columns that `with_drop` adds; empty without heads
     layers: pl.DataFrame  # summary/layers.parquet without the control
     downstream: pl.DataFrame  # summary/downstream.parquet without the control
     clean: pl.DataFrame  # one row per source prompt, all sources, with its `text`
@@ -88,9 +92,11 @@ def read(paths: Inputs) -> Frames:
     sources = tuple(clean["source"].unique(maintain_order=True))
     ablations = prompts["ablation"].unique(maintain_order=True).to_list()
     components = set(prompts["component"])
+    verdicts, layers = (without_control(table(path)) for path in (paths.verdicts, paths.layers))
     return Frames(
-        verdicts=_whole(table(paths.verdicts)),
-        layers=_whole(table(paths.layers)),
+        verdicts=_whole(verdicts),
+        heads=with_drop(verdicts.filter(pl.col("head").is_not_null()), layers),
+        layers=_whole(layers),
         downstream=_whole(table(paths.downstream)).filter(pl.col("downstream_component").is_in(COMPONENTS)),
         clean=clean,
         prompts=prompts,
@@ -105,8 +111,23 @@ def read(paths: Inputs) -> Frames:
 
 
 def _whole(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the rows of real ablations of whole contributions: the figures do not show single heads."""
+    """Return the rows of real ablations of whole contributions: single heads have figures of their own."""
     return without_control(frame).filter(pl.col("component").is_in(COMPONENTS))
+
+
+def with_drop(verdicts: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
+    """Return the verdicts with mean `drop`, `delta_unembed` (both with bounds) and `correlation`, sorted by SITE."""
+    means = layers.filter(pl.col("subset") == "all").select(
+        *SITE,
+        drop=-pl.col("delta_ablate_mean"),
+        drop_low=-pl.col("delta_ablate_high"),
+        drop_high=-pl.col("delta_ablate_low"),
+        delta_unembed="delta_unembed_mean",
+        delta_unembed_low="delta_unembed_low",
+        delta_unembed_high="delta_unembed_high",
+        correlation="correlation",
+    )
+    return verdicts.join(means, on=SITE, how="left", nulls_equal=True, maintain_order="left").sort(SITE)
 
 
 def _with_texts(paths: Inputs) -> pl.DataFrame:

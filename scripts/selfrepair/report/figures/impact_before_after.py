@@ -58,6 +58,7 @@ def _rows_of(frames: Frames, chosen: dict[str, list[int]]) -> pl.DataFrame:
         scan(frames.cells[source, frames.default_ablation(source), layer])
         .filter(pl.col("prompt").is_in(ids) & (pl.col("draw") < MOST_DRAWS))
         .select(keys, *columns)
+        .filter(pl.col("component").is_in(COMPONENTS))
         .collect()
         for source, ids in chosen.items()
         for layer in frames.ablated
@@ -70,7 +71,7 @@ def build(frames: Frames) -> dict[str, Any]:
     table = data(frames).with_columns(key=pl.format("{}:{}", "source", "prompt"))
     texts = frames.texts().filter(pl.col("key").is_in(table["key"].unique().to_list()))
     keys = texts["key"].to_list()
-    labels = [_label(row) for row in texts.iter_rows(named=True)]
+    labels = [label(row) for row in texts.iter_rows(named=True)]
     component = frames.components[-1]
     middle = frames.ablated[len(frames.ablated) // 2]
     before = (
@@ -165,7 +166,7 @@ def build(frames: Frames) -> dict[str, Any]:
     }
 
 
-def _label(row: dict[str, Any]) -> str:
+def label(row: dict[str, Any]) -> str:
     """Return `…speak → “ Arabic”`."""
     text, target = row["text"], " ".join(str(row["target"]).split())
     end = text if len(text) <= LABEL else f"…{text[1 - LABEL :]}"

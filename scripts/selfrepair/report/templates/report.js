@@ -208,12 +208,19 @@ function showPrompt(id, scroll) {
   heads.forEach((name) => head.append(element("th", name, { scope: "col" })));
   table.createTHead().append(head);
   const body = table.createTBody();
-  prompt.ledger.forEach((values, i) => {
+  const add = (name, values) => {
     const row = element("tr", "");
-    row.append(element("td", siteName(store.sites[i])));
+    row.append(element("td", name));
     values.forEach((value) => row.append(element("td", signed(value), { className: "number" })));
     body.append(row);
-  });
+  };
+  prompt.ledger.forEach((values, i) => add(siteName(store.sites[i]), values));
+  if (prompt.heads.length) {
+    const row = element("tr", "");
+    row.append(element("th", `The ${prompt.heads.length} heads with the largest drop or direct loss`, { colSpan: heads.length, scope: "rowgroup" }));
+    body.append(row);
+  }
+  prompt.heads.forEach(([layer, number, ...values]) => add(`layer ${layer}, head ${number}`, values));
   const holder = element("div", "", { className: "scroll" });
   holder.append(table);
   const title = `Prompt ${prompt.prompt} of ${prompt.source}, ${store.ablations[prompt.source]} (logits, means over draws)`;
