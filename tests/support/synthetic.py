@@ -57,6 +57,7 @@ class Plan:
     length: int = 16  # tokens per prompt where positions is `all`
     parallel: bool = False  # attention and MLP read the same residual: no MLP change in the ablated layer
     share_correct: float = 0.75
+    outcomes: bool = False  # whether the outcomes beside the target's logit are measured
     seed: int = 0
 
     def expanded(self) -> tuple[str, ...]:
@@ -312,13 +313,22 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
         "downstream_mlp": list(flat["downstream_mlp"]),
         "correct": correct,
         "position": [_n_tokens(plan, source, int(prompt)) - 1 for prompt in flat["prompt"]],
-        **{name: [None] * rows for name in names(OUTCOME)},
+        **_outcomes(plan, source, ablation, layer, rows),
     }
     path = run.cell(source, ablation, layer)
     metadata = {**_metadata(plan), "source": source, "ablation": ablation, "layer": layer}
     metadata["config"] |= {"model": plan.model, "source": source, "ablation": ablation, "layer": layer}
     tables.write(path, columns, EFFECTS, metadata)
     run.cells.append(path)
+
+
+def _outcomes(plan: Plan, source: str, ablation: str, layer: int, rows: int) -> dict[str, Any]:
+    """Random outcomes of every row, or nulls."""
+    if not plan.outcomes:
+        return {name: [None] * rows for name in names(OUTCOME)}
+    rng = _rng(plan, "outcomes", source, ablation, layer)
+    drawn = {name: np.float32(rng.normal(0.5, 1.0, rows)) for name in names(OUTCOME)}
+    return drawn | {"top1_changed": drawn["top1_changed"] > 0}
 
 
 def _diagnostics(

@@ -243,10 +243,14 @@ def test_every_number_is_in_the_tables(
     restoration: float, sign: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted(monkeypatch, restoration, sign)
-    plan = synthetic.Plan(ablations=("zero", "replace"), layers=3, prompts=20, draws=2)
+    plan = synthetic.Plan(ablations=("zero", "replace"), layers=3, prompts=20, draws=2, outcomes=True)
     run = synthetic.write(tmp_path, plan)
     summary.run(Job.from_json(run.summary_job()), None)
     results = results_of(reporting.report_job(run, ()))
+    outcomes = report_tables.outcomes(results)
+    assert len(outcomes.rows) == 3 * 2 and len(outcomes.head) == 4 + 5 + 1
+    means = results.layers.filter(ablation="replace-facts", layer=1, component="mlp")["kl_mean"]
+    assert outcomes.rows[3][6].key == pytest.approx(means.item())
     known, texts = known_numbers(results), every_sentence(results)
     assert len(texts) > 8
     for text in texts:
@@ -285,6 +289,7 @@ def test_no_direct_loss_gives_no_restoration(tmp_path: Path, monkeypatch: pytest
     run = synthetic.write(tmp_path, synthetic.Plan(ablations=("zero",), layers=3, prompts=20, draws=1))
     summary.run(Job.from_json(run.summary_job()), None)
     results = results_of(reporting.report_job(run, ()))
+    assert not report_tables.outcomes(results).rows  # none was measured
     texts = every_sentence(results)
     assert texts[0].startswith("There is nothing to repair: none of 6 contributions")
     assert not any("restored" in text or "restoration" in text for text in texts)

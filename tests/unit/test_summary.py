@@ -13,14 +13,19 @@ import scipy.stats
 import synthetic
 from selfrepair.analysis.cells import read_cell
 from selfrepair.analysis.layers import MEANS
-from selfrepair.effects.columns import EFFECT_COLUMNS, EFFECTS
+from selfrepair.effects.columns import EFFECT_COLUMNS, EFFECTS, OUTCOME, names
 from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import summary as stage
 from selfrepair.storage import schemas, tables
 
 PLAN = synthetic.Plan(
-    datasets=("facts", "python"), ablations=("zero", "noise", "replace"), layers=4, prompts=9, draws=3
+    datasets=("facts", "python"),
+    ablations=("zero", "noise", "replace"),
+    layers=4,
+    prompts=9,
+    draws=3,
+    outcomes=True,
 )
 
 
@@ -139,6 +144,9 @@ def expected_statistics(rows):
         return math.fsum((x - mean(a)) * (y - mean(b)) for x, y in zip(a, b, strict=True)) / n
 
     expected = {f"{name}_mean": mean(e[name]) for name in MEANS}
+    for name in names(OUTCOME):
+        values = by_prompt(rows, lambda row, name=name: float(row[name]))
+        expected[f"{name}_mean"] = mean(list(values.values()))
     expected |= {f"{name}_median": sorted(e[name])[n // 2] for name in MEANS if n % 2}
     unembed = e["delta_unembed"]
     expected["correlation"] = cov(unembed, drop) / math.sqrt(cov(unembed, unembed) * cov(drop, drop))
@@ -570,6 +578,24 @@ def test_a_lost_row_is_a_damaged_cell(copy):
     path = copy.cell("facts", "noise", 1)
     spoil(path, lambda columns: [values.pop() for values in columns.values()])
     refused(copy, DamagedFileError, path, "53 rows are not 2 components x 9 prompts x 3 draws")
+
+
+def test_an_outcome_that_one_row_lacks_is_a_damaged_cell(copy):
+    path = copy.cell("facts", "noise", 1)
+    spoil(path, lambda columns: columns["kl"].__setitem__(3, None))
+    refused(copy, DamagedFileError, path, "`kl` is a finite number in some rows and not in others")
+
+
+def test_outcomes_that_were_not_measured_are_null(copy):
+    def change(columns):
+        for name in names(OUTCOME):
+            columns[name] = [None] * len(columns[name])
+
+    for path in copy.cells:
+        spoil(path, change)
+    layers = summarise(copy)[0]
+    for name in names(OUTCOME):
+        assert layers.select(f"{name}_mean", f"{name}_low", f"{name}_high").count().row(0) == (0, 0, 0)
 
 
 def test_a_doubled_row_is_a_damaged_cell(copy):

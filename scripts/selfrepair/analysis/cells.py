@@ -17,6 +17,7 @@ Floats = NDArray[np.float32]
 CONTROL = "self"  # a contribution replaced by itself: the noise floor, not an ablation
 # Columns that are read as arrays. All must be finite, except the nullable ones: null is NaN there.
 VALUES = columns.names(columns.EFFECT, columns.DIAGNOSTIC)
+OUTCOMES = columns.names(columns.OUTCOME)
 FLOATS = (*VALUES, *columns.names(columns.LOGIT))
 HEAD = "head"  # component of the rows that ablate one attention head
 _KEYS = ("experiment", "model", "source", "ablation")
@@ -36,7 +37,7 @@ class Cell:
     ablated: tuple[tuple[str, int | None], ...]  # component and head of each ablated contribution, sorted
     prompts: NDArray[np.int32]  # (prompt,) ids, ascending
     draws: NDArray[np.int16]  # (draw,) ascending
-    values: dict[str, Floats]  # per column of VALUES: (ablated, prompt, draw)
+    values: dict[str, Floats]  # per column of VALUES, and of OUTCOMES if measured: (ablated, prompt, draw)
     replacement: (
         NDArray[np.int32] | None
     )  # (ablated, prompt, draw) ids of replacement prompts; None: none is drawn
@@ -107,7 +108,10 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
         ),
         prompts=prompts,
         draws=draws,
-        values={name: floats[name][order].reshape(shape) for name in VALUES},
+        values={
+            name: column[order].reshape(shape)
+            for name, column in ({name: floats[name] for name in VALUES} | _outcomes(path, table)).items()
+        },
         replacement=_replacement(path, table["replacement"], order, shape),
         downstream=np.stack([lists[name][order].reshape(*shape, -1) for name in lists], axis=-2),
         correct=_correct(path, table["correct"], order, shape),
@@ -177,6 +181,19 @@ def _matrix(path: str | os.PathLike[str], name: str, column: pa.ChunkedArray) ->
     if len(lengths) != 1 or not lengths[0]:
         raise _damaged(path, f"the lists of {name} should have one entry per layer, and have {lengths[:5]}")
     return pc.list_flatten(column).to_numpy().reshape(len(column), lengths[0])
+
+
+def _outcomes(path: str | os.PathLike[str], table: pa.Table) -> dict[str, Floats]:
+    """Return the outcomes that were measured, (row,) each; a changed most likely token counts 1."""
+    measured = {}
+    for name in OUTCOMES:
+        if table[name].null_count == len(table):
+            continue
+        values = table[name].cast(pa.float32()).to_numpy()
+        if not np.isfinite(values).all():  # a null is NaN here
+            raise _damaged(path, f"`{name}` is a finite number in some rows and not in others")
+        measured[name] = values
+    return measured
 
 
 def _replacement(

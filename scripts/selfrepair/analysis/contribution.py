@@ -1,13 +1,13 @@
 """One ablated contribution as arrays: drop, loss, repair and norm of its rows (T, D, R and N of the glossary)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfrepair.analysis.cells import Cell, downstream_mask
+from selfrepair.analysis.cells import OUTCOMES, Cell, downstream_mask
 from selfrepair.analysis.crossed import Design
 from selfrepair.planning.sites import COMPONENTS
 
@@ -32,6 +32,7 @@ class Contribution:
     sites: list[tuple[int, str]]  # downstream contributions: layer, component
     clean: Array  # (prompt, site) their clean direct effects
     changes: Array  # (prompt, draw, site) change of their direct effects
+    outcomes: dict[str, Array] = field(default_factory=dict)  # measured ones by column: (prompt, draw)
 
     @property
     def repair(self) -> Array:
@@ -51,7 +52,10 @@ class Contribution:
     def select(self, prompts: NDArray[np.intp]) -> "Contribution":
         """Return the rows of some prompts, given by their positions."""
         rows = {name: getattr(self, name)[prompts] for name in (*_ROW_ARRAYS, "clean", "changes")}
-        return Contribution(self.keys, self.design.select(prompts), sites=self.sites, **rows)
+        outcomes = {name: values[prompts] for name, values in self.outcomes.items()}
+        return Contribution(
+            self.keys, self.design.select(prompts), sites=self.sites, outcomes=outcomes, **rows
+        )
 
 
 _ROW_ARRAYS = (
@@ -102,4 +106,5 @@ def contributions(
             sites=[(int(layer), COMPONENTS[half]) for half, layer in np.argwhere(mask)],
             clean=clean[:, mask],
             changes=cell.downstream[index][:, :, mask].astype(np.float64),
+            outcomes={name: values[name] for name in OUTCOMES if name in values},
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from selfrepair.analysis.cells import OUTCOMES
 from selfrepair.analysis.contribution import Contribution
 from selfrepair.analysis.lines import Pairs
 from selfrepair.analysis.sample import Sample
@@ -46,6 +47,7 @@ SHARES = (
 )
 STATISTICS = (
     *(f"{name}_{what}" for name in MEANS for what in ("mean", "median", "low", "high")),
+    *(f"{name}_{what}" for name in OUTCOMES for what in ("mean", "low", "high")),  # null unless measured
     *with_interval("correlation"),  # Pearson, of delta_unembed and drop (Fig. 2d)
     *(name for share in SHARES for name in with_interval(share)),
     *with_interval("slope"),  # least squares of compensation on direct effect across prompts (Fig. 7)
@@ -97,12 +99,15 @@ def _statistics(row: Contribution, bootstrap: Bootstrap) -> dict[str, Any]:
         "compensation": row.repair,
         "norm_effect": row.norm,
     }
-    sample = Sample(effects | shares(row), row.design, bootstrap)
+    sample = Sample(effects | shares(row) | row.outcomes, row.design, bootstrap)
     values: dict[str, Any] = {}
     for name in MEANS:
         mean, low, high = sample.interval(name)
         median = float(np.median(effects[name].mean(1)))
         values |= {f"{name}_mean": mean, f"{name}_median": median, f"{name}_low": low, f"{name}_high": high}
+    for name in row.outcomes:
+        mean, low, high = sample.interval(name)
+        values |= {f"{name}_mean": mean, f"{name}_low": low, f"{name}_high": high}
     for name in SHARES:
         values |= _named(name, sample.interval(name))
     values |= _named("correlation", Pairs(row.unembed, row.drop, row.design, bootstrap).correlation())

@@ -69,6 +69,8 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
 def _sections(results: Results, heads: Results | None) -> list[Section]:
     details = [] if len(results.sources) == 1 else results.sources
     who = [text for source in details for text in _responsibility(results, source)]
+    outcomes = [report_tables.outcomes(part) for part in (results, heads) if part is not None]
+    others = [Section("outcomes", "What else does an ablation change?", details=outcomes)]
     return [
         Section(
             "repaired", "How much of each contribution is repaired?", tables=[report_tables.verdicts(results)]
@@ -88,6 +90,7 @@ def _sections(results: Results, heads: Results | None) -> list[Section]:
             sentences.agreement(results),
             details=[report_tables.crossings(results)],
         ),
+        *(others if outcomes[0].rows else []),
         Section("prompts", "What happens in single prompts?"),
         Section(
             "trust",

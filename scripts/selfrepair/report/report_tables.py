@@ -6,9 +6,10 @@ from typing import Any
 
 import polars as pl
 
+from selfrepair.analysis.cells import OUTCOMES
 from selfrepair.analysis.thresholds import MAX_NORM_RATIO, MAX_REPLACEMENT_SHARE
 from selfrepair.analysis.verdicts import CLASSES, READINGS, REPAIRED, counts
-from selfrepair.report.figures.frames import table
+from selfrepair.report.figures.frames import SITE, table
 from selfrepair.report.figures.wording import number, site
 from selfrepair.report.page import Cell, Table, cell, interval_cell
 from selfrepair.report.results import Results, Row
@@ -117,6 +118,37 @@ def crossings(results: Results) -> Table:
     caption = (
         "Where each ablation crosses the diagonal: the first layer from which on the mean drop is below mean Δunembed. "
         "Drops are means over layers, with 95 % intervals; “minus zero” above 0: it costs more than zero"
+    )
+    return Table(head, rows, caption)
+
+
+OUTCOME_NAMES = {
+    "delta_ablate": "target's logit",
+    "logprob_change": "log p(target), nats",
+    "kl": "KL(clean, ablated), nats",
+    "top1_changed": "share with another first choice",
+    "foil_logit_change": "target − foil, logits",
+}
+
+
+def outcomes(results: Results) -> Table:
+    """Return the mean outcomes of every contribution under its default ablation; no rows if none is measured."""
+    measured = [name for name in OUTCOME_NAMES if name in OUTCOMES and results.layers[f"{name}_mean"].count()]
+    shown = ["delta_ablate", *measured]
+    means_of = {tuple(row[key] for key in SITE): row for row in results.layers.to_dicts()}
+    rows = []
+    for row in results.defaults() if measured else []:
+        means = means_of[tuple(row[key] for key in SITE)]
+        name = row["component"] if row["head"] is None else f"head {row['head']}"
+        keys = [*(cell(row[key]) for key in ("source", "ablation", "layer")), cell(name)]
+        values = [
+            interval_cell(*(means[f"{what}_{part}"] for part in ("mean", "low", "high"))) for what in shown
+        ]
+        rows.append([*keys, *values, cell(row["prompts"])])
+    head = ["source", "ablation", "layer", "component", *(OUTCOME_NAMES[name] for name in shown), "prompts"]
+    caption = (
+        f"Changes by the ablation of every {results.noun} (ablated − clean), means over prompts with 95 % intervals. "
+        "Probabilities are those that the model samples from; logits are taken before a soft-cap."
     )
     return Table(head, rows, caption)
 
