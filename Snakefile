@@ -6,6 +6,7 @@
 #     clean/{dataset}.parquet                           the clean run of the source prompts
 #     std.safetensors                                   moments of the activations over all data sets
 #     effects/source={source}/ablation={ablation}/layer={layer}.parquet     one cell
+#     downstream_heads/source={source}/ablation={ablation}/layer={layer}.parquet     beside a cell, if heads are ablated
 #     manifest.parquet                                  the cells of the current configuration, with their digests
 #     numerics.parquet  summary/{layers,verdicts,downstream,ablations,audit}.parquet
 #     figures/{figure}.{html,svg,png,parquet}

@@ -12,7 +12,7 @@ submit(
     Job(
         stage="effects",
         input=dict(snakemake.input.items()),
-        output={"cell": snakemake.output.cell},
+        output=dict(snakemake.output.items()),
         params=snakemake.params.spec,
         runtime=snakemake.params.runtime,
         log=snakemake.log[0],

@@ -6,7 +6,7 @@ from selfrepair.jobs.submit import submit
 submit(
     Job(
         stage="manifest",
-        input={"cells": list(snakemake.input.cells)},
+        input={name: list(snakemake.input[name]) for name in ("cells", "downstream_heads")},
         output={"manifest": snakemake.output.manifest},
         params=snakemake.params.spec,
         runtime={},

@@ -6,7 +6,7 @@ from selfrepair.jobs.submit import submit
 submit(
     Job(
         stage="summary",
-        input={"cells": list(snakemake.input.cells), "clean": list(snakemake.input.clean)},
+        input={name: list(snakemake.input[name]) for name in ("cells", "clean", "downstream_heads")},
         output=dict(snakemake.output.items()),
         params=snakemake.params.spec,
         runtime={},

@@ -41,8 +41,13 @@ def _measure(plan: Plan, session: Session, experiment: Experiment, model: str) -
     for cell in grid.cells(plan.config):
         if (cell.experiment, cell.model) == (experiment.name, model):
             one: Any = SimpleNamespace(**{**cell._asdict(), "layer": str(cell.layer)})
-            _run(effects, session, plan.cell_inputs(one), {"cell": grid.cell_path(cell)}, plan.effects(one))
-    inputs = {"cells": plan.cells_of(every), "clean": plan.clean_of(every)}
+            files = grid.cell_files(*cell, heads=grid.reads_heads(experiment))
+            _run(effects, session, plan.cell_inputs(one), files, plan.effects(one))
+    inputs = {
+        "cells": plan.cells_of(every),
+        "clean": plan.clean_of(every),
+        "downstream_heads": plan.downstream_heads_of(every),
+    }
     outputs = {"numerics": grid.numerics_path(*names.values()), **grid.summary_paths(*names.values())}
     _run(summary, session, inputs, outputs, plan.summary(every))
 

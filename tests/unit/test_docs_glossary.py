@@ -13,11 +13,13 @@ from selfrepair.analysis.downstream import DOWNSTREAM
 from selfrepair.analysis.layers import LAYERS
 from selfrepair.analysis.verdicts import VERDICTS
 from selfrepair.effects.columns import EFFECTS
+from selfrepair.effects.head_columns import DOWNSTREAM_HEADS
 from selfrepair.storage.schemas import CLEAN, MANIFEST, TOKENS
 
 PAGE = glossary.PAGE.read_text(encoding="utf-8")
 TABLES = {
     "effects/source=S/ablation=A/layer=L.parquet": EFFECTS,
+    "downstream_heads/source=S/ablation=A/layer=L.parquet": DOWNSTREAM_HEADS,
     "manifest.parquet": MANIFEST,
     "tokens/{dataset}.parquet": TOKENS,
     "clean/{dataset}.parquet": CLEAN,
@@ -43,7 +45,7 @@ def test_every_table_of_the_package_is_on_the_page() -> None:
     names = {
         name
         for path in paths
-        for name in re.findall(r"^([A-Z]+) = pa\.schema\(", path.read_text(), re.MULTILINE)
+        for name in re.findall(r"^([A-Z_]+) = pa\.schema\(", path.read_text(), re.MULTILINE)
     }
     assert names == {name for name, value in globals().items() if isinstance(value, pa.Schema)}
     assert len(names) == len(TABLES)

@@ -1,6 +1,7 @@
 rule manifest:
     input:
         cells=PLAN.cells_of,
+        downstream_heads=PLAN.downstream_heads_of,
     output:
         manifest=grid.manifest_path("{experiment}", "{model}"),
     log:
@@ -16,6 +17,7 @@ rule manifest:
 rule summary:
     input:
         cells=PLAN.cells_of,
+        downstream_heads=PLAN.downstream_heads_of,
         clean=PLAN.clean_of,
     output:
         **grid.summary_paths("{experiment}", "{model}"),

@@ -43,6 +43,10 @@ AUDIT = pa.schema(
         ("ledger_row", pa.string()),  # where
         # logits: |compensation - sum of its list|, or any change of a contribution that is not downstream
         ("downstream_error_max", pa.float64()),
+        (
+            "heads_error",
+            pa.float64(),
+        ),  # logits: |mean change of an attention - sum over its heads|; null without heads
         ("norm_ratio_median", pa.float64()),  # |replacement| / |original|
         ("cosine_median", pa.float64()),
         ("replacement_share", pa.float64()),  # mean u(replacement) / mean u(original)
@@ -150,6 +154,8 @@ def _compared(row: Row, floor: float, dtype: str | None) -> Row:
         messages.append("ledger")
     if row["downstream_error_max"] > LEDGER_TOLERANCE * size:
         messages.append("downstream")
+    if row.get("heads_error", np.nan) > tolerance * size:
+        messages.append("heads")
     if floor > NOISE_TOLERANCE * effect:
         messages.append("noise")
     if selftest > SELFTEST_TOLERANCE * effect:

@@ -59,7 +59,7 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
     Raises DamagedFileError if the contents are not what was written or are not a whole cell, and InputError if the file
     is missing or an effect is NaN or infinite (the message names the row).
     """
-    table = _verified(path, columns.EFFECTS)
+    table = verified(path, columns.EFFECTS)
     if not len(table):
         raise _damaged(path, "it has no rows")
     for name in ("component", "prompt", "draw"):
@@ -120,7 +120,7 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
 
 def read_clean(path: str | os.PathLike[str]) -> pa.Table:
     """Read one clean table of one source and verify it. Raises InputError if a number is not finite."""
-    table = _verified(path, schemas.CLEAN)
+    table = verified(path, schemas.CLEAN)
     if not len(table):
         raise _damaged(path, "it has no rows")
     for name in _KEYS[:3]:
@@ -148,7 +148,8 @@ def downstream_mask(layer: int, component: str, layers: int, *, parallel: bool) 
     )
 
 
-def _verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
+def verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
+    """Read a table of results/ and check its contents and columns. Raises DamagedFileError, InputError if missing."""
     try:
         table = tables.read(path)
     except FileNotFoundError as error:
@@ -161,6 +162,12 @@ def _verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
         differing = sorted(set(table.schema.names) ^ set(schema.names))
         raise _damaged(path, f"its columns are not this version's (differing: {', '.join(differing)})")
     return table
+
+
+def foreign(path: str | os.PathLike[str], what: str) -> InputError:
+    """Return the error for a file of results/ that does not belong to the others: `what` is wrong with it."""
+    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
+    return InputError(what, where=str(path), remedy=remedy)
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> DamagedFileError:

@@ -50,6 +50,15 @@ class Error:
         return np.where(np.isfinite(factor), np.maximum(factor, 1.0), 1.0)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums of squares of columns over the rows of a design: all that their errors need. One number per column."""
+
+    between: Array  # sum over prompts of (mean of the prompt's rows - mean)^2
+    within: Array  # sum over rows of (row - mean of the prompt's rows)^2
+    across: Array  # sum over rows of (mean of the rows with the same replacement prompt - mean)^2; 0 if none is shared
+
+
 class Design:
     """Which rows (source prompt, draw) share a replacement prompt.
 
@@ -80,22 +89,35 @@ class Design:
         """Whether at least two rows share a replacement prompt, and at least two replacement prompts occur."""
         return 1 < len(self.ids) < self.rows
 
+    def moments(self, values: Array) -> Moments:
+        """Return the sums of squares of `values` (prompt, draw, column)."""
+        means = values.mean(1, keepdims=True)
+        within = np.square(values - means).sum((0, 1))
+        between = np.square(means[:, 0] - means.mean((0, 1))).sum(0)
+        across = np.zeros(values.shape[2])
+        if self.shared:
+            flat = values.reshape(self.rows, -1)
+            flat = flat - flat.mean(0)
+            across = self.sizes @ np.square((self._indicator @ flat) / self.sizes[:, None])
+        return Moments(between, within, across)
+
     def variances(self, values: Array) -> tuple[Array, Array]:
-        """Return the replacement and the row variance of `values` (prompt, draw, column), one per column.
+        """Return the replacement and the row variance of `values` (prompt, draw, column), one per column."""
+        return self.variances_of(self.moments(values))
+
+    def variances_of(self, moments: Moments) -> tuple[Array, Array]:
+        """Return the replacement and the row variance, one per column.
 
         The moments of Gao and Owen: sums of squares within prompts, within replacements, and in total. With a single
         draw the row variance cannot be separated from the prompt variance and is NaN. Negative estimates become 0.
         """
         n, draws, total = self.prompts, self.draws, self.rows
-        within_prompts = np.square(values - values.mean(1, keepdims=True)).sum((0, 1))
-        alone = within_prompts / (total - n) if draws > 1 else np.full(values.shape[2], np.nan)
+        columns = len(moments.within)
+        alone = moments.within / (total - n) if draws > 1 else np.full(columns, np.nan)
         if not self.shared:
-            return np.zeros(values.shape[2]), alone
-        flat = values.reshape(total, -1)
-        flat = flat - flat.mean(0)
-        means = (self._indicator @ flat) / self.sizes[:, None]
-        squares = np.square(flat).sum(0)
-        within_replacements = squares - self.sizes @ np.square(means)
+            return np.zeros(columns), alone
+        squares = draws * moments.between + moments.within
+        within_replacements = squares - moments.across
         # E[alone] = replacement + row; E[across] = prompt + row; E[squares] = the sum of c x variance.
         across = within_replacements / (total - len(self.ids))
         c_prompt = total - draws
@@ -109,14 +131,18 @@ class Design:
 
     def error(self, values: Array) -> Error:
         """Return the error of the mean over all rows of `values` (prompt, draw, column), or of a linearisation."""
-        n, columns = self.prompts, values.shape[2]
+        return self.error_of(self.moments(values))
+
+    def error_of(self, moments: Moments) -> Error:
+        """Return the error of the mean over all rows of columns with these sums of squares."""
+        n, columns = self.prompts, len(moments.within)
         if n < 2:
             unknown = np.full(columns, np.nan)
             return Error(unknown, unknown, unknown, np.nan)
-        between = values.mean(1).var(0, ddof=1) / n
+        between = moments.between / (n - 1) / n
         if not self.shared:
             return Error(np.sqrt(between), np.full(columns, n - 1.0), np.sqrt(between), n - 1.0)
-        replacement, _ = self.variances(values)
+        replacement, _ = self.variances_of(moments)
         # The variance between prompts holds `replacement` / rows of this already (and a little less than that,
         # because prompts that share a replacement are alike: the last factor).
         overlap = (np.square(self.sizes).sum() - self.rows) / self.rows**2

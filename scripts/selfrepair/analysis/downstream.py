@@ -1,7 +1,12 @@
 """Which downstream contributions change, and how: summary/downstream.parquet.
 
 The table grows with the square of the number of sites, so it is built by columns, and its numbers are float32.
+Attention and MLPs are one family of sites, query heads another (`downstream_heads`): the correction for many sites,
+`strongest` and `agreement` apply within a family, because the change of an attention is the sum over its heads.
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -39,8 +44,21 @@ DOWNSTREAM = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Changes:
+    """The changes after one ablation at some downstream sites that are compared with each other. Arrays are (site,)."""
+
+    layers: Sequence[int]
+    components: Sequence[str]
+    heads: Sequence[int | None]
+    change: tuple[Array, Array, Array, Array]  # mean, low, high, p-value
+    aligned: tuple[Array, Array, Array, Array]
+    kinds: Mapping[str, Array]  # means; their sum is the aligned mean
+    agreement: Array
+
+
 def downstream_table(contribution: Contribution) -> pa.Table:
-    """Return the rows of DOWNSTREAM of one ablated contribution, one per downstream site.
+    """Return the rows of DOWNSTREAM of one ablated contribution, one per downstream attention or MLP.
 
     Intervals are t intervals of the mean over prompts, with the error that shared replacement prompts add. Sites that
     are not downstream cannot change and have no rows.
@@ -50,33 +68,46 @@ def downstream_table(contribution: Contribution) -> pa.Table:
         return DOWNSTREAM.empty_table()
     kinds = responsibility.kinds(contribution)
     aligned = np.sum(list(kinds.values()), axis=0)  # (prompt, draw, site)
-    mean, low, high, _ = _means(contribution, contribution.changes)
-    aligned_mean, aligned_low, aligned_high, p = _means(contribution, aligned)
-    adjusted = np.full(len(sites), np.nan)
+    per_prompt = aligned.mean(1)  # (prompt, site)
+    repairer = np.where(per_prompt.max(1) > 0, per_prompt.argmax(1), -1)
+    changes = Changes(
+        [layer for layer, _ in sites],
+        [component for _, component in sites],
+        [None] * len(sites),
+        _means(contribution, contribution.changes),
+        _means(contribution, aligned),
+        {kind: change.mean((0, 1)) for kind, change in kinds.items()},
+        np.bincount(repairer[repairer >= 0], minlength=len(sites)) / len(per_prompt),
+    )
+    return changes_table(contribution, changes)
+
+
+def changes_table(contribution: Contribution, changes: Changes) -> pa.Table:
+    """Return the rows of DOWNSTREAM of sites that are compared with each other. There must be at least one."""
+    mean, low, high, _ = changes.change
+    aligned, aligned_low, aligned_high, p = changes.aligned
+    n = len(mean)
+    adjusted = np.full(n, np.nan)
     tested = np.isfinite(p)
     if tested.any():
         adjusted[tested] = stats.false_discovery_control(p[tested], method="bh")
-    best = int(aligned_mean.argmax())
+    best = int(aligned.argmax())
     significant = adjusted[best] <= FALSE_DISCOVERY_RATE and aligned_low[best] > 0
-
-    per_prompt = aligned.mean(1)  # (prompt, site)
-    repairer = np.where(per_prompt.max(1) > 0, per_prompt.argmax(1), -1)
-    n = len(sites)
     columns = {name: [value] * n for name, value in contribution.keys.items()} | {
-        "downstream_layer": [layer for layer, _ in sites],
-        "downstream_component": [component for _, component in sites],
-        "downstream_head": [None] * n,
+        "downstream_layer": changes.layers,
+        "downstream_component": changes.components,
+        "downstream_head": changes.heads,
         "prompts": [contribution.design.prompts] * n,
         "mean_change": mean,
         "low": low,
         "high": high,
-        "aligned_change": aligned_mean,
+        "aligned_change": aligned,
         "aligned_low": aligned_low,
         "aligned_high": aligned_high,
         "adjusted_p": adjusted,
-        **{kind: change.mean((0, 1)) for kind, change in kinds.items()},
+        **changes.kinds,
         "strongest": (np.arange(n) == best) & bool(significant),
-        "agreement": np.bincount(repairer[repairer >= 0], minlength=n) / len(per_prompt),
+        "agreement": changes.agreement,
     }
     arrays = []
     for field in DOWNSTREAM:

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfrepair.analysis.contribution import Contribution
-from selfrepair.analysis.thresholds import SILENT
+from selfrepair.effects.head_columns import SILENT
 
 Array = NDArray[np.float64]
 KINDS = ("attenuated", "woken", "propagated")

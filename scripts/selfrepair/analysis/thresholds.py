@@ -10,11 +10,6 @@ FALSE_DISCOVERY_RATE = 0.05  # Benjamini-Hochberg, over the contributions of an 
 MIN_LOSS_TO_NOISE = 10.0  # |mean D| / rms noise of the control `self`, same source, layer and component
 MIN_LOSS_SHARE = 0.05  # |mean D| / (|mean D| + |mean R| + |mean N|)
 
-# Who is responsible?
-SILENT = (
-    1e-6  # logits: a clean direct effect of at most this size is 0 up to rounding, so it cannot be attenuated
-)
-
 # Is the ablation what it claims to be?
 MAX_NORM_RATIO = 3.0  # median |replacement| / |original|; its inverse is the lower limit
 MAX_REPLACEMENT_SHARE = 1 / 3  # mean u(replacement) / mean u(original)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfrepair.effects.equations import centred
 from selfrepair.models import attention, hooks
+from selfrepair.models.head_readout import post_norm, post_norm_module, pull_back
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.readout import Direction, Readout
 from selfrepair.planning.sites import COMPONENTS, Site, contributions
@@ -42,6 +43,10 @@ class CleanRun:
     contributions: dict[Site, Tensor] = field(default_factory=dict)  # -> (prompt, P, d_model)
     # layer -> (prompt, P, head, width) input of the attention's output projection; empty unless asked for
     head_inputs: dict[int, Tensor] = field(default_factory=dict)
+    # Of every layer, in readout precision, only with heads: the direct effects of the query heads, layer -> (prompt,
+    # head), and the directions that read them from the projection's input, layer -> (prompt, head, width).
+    head_effects: dict[int, Tensor] = field(default_factory=dict)
+    head_readout: dict[int, Tensor] = field(default_factory=dict)
     prefix: attention.KeysValues = field(default_factory=dict)
 
     def ablatable(self, site: Site) -> Tensor:  # (prompt, P, d_model), or (prompt, P, width) for a head
@@ -67,6 +72,7 @@ class CleanRun:
     def nbytes(self) -> int:
         """Return the bytes of the kept activations."""
         tensors = [*self.residual.values(), *self.contributions.values(), *self.head_inputs.values()]
+        tensors += [*self.head_readout.values()]
         tensors += [tensor for pair in self.prefix.values() for tensor in pair]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -81,7 +87,7 @@ def clean_run(
     target: Tensor | None = None,  # (prompt,) token ids; None: the argmax of the clean logits
     keep: Collection[int] | None = None,  # layers whose activations are wanted; None: all
     prefix: bool = False,  # record keys and values (models that support it)
-    heads: bool = False,  # keep the inputs of the attention's output projections (models with heads)
+    heads: bool = False,  # read the heads, keep the inputs of the output projections (models with heads)
 ) -> CleanRun:
     """Run prompts once and return their effects, and the activations of the layers in `keep`.
 
@@ -122,12 +128,26 @@ def clean_run(
         return see
 
     head_inputs: dict[int, Tensor] = {}
+    heads_at_last: dict[int, Tensor] = {}  # (prompt, head, width), readout precision
+    scales: dict[int, Tensor] = {}  # (prompt,) of the post-norm, where there is one
 
     def projecting(number: int) -> Callable[[Tensor], None]:
         split = loaded.heads(number)
 
         def see(x: Tensor) -> None:
-            head_inputs[number] = kept(x.reshape(batch, length, split.n_heads, split.width))
+            parts = x.reshape(batch, length, split.n_heads, split.width)
+            heads_at_last[number] = parts[:, -1].to(readout.dtype)
+            if number in wanted:
+                head_inputs[number] = kept(parts)
+
+        return see
+
+    def normalizing(number: int) -> Callable[[Tensor], None]:
+        norm = post_norm(loaded, number)
+        assert norm is not None
+
+        def see(x: Tensor) -> None:
+            scales[number] = norm.sigma(x.reshape(batch, length, -1)[:, -1].to(readout.dtype))
 
         return see
 
@@ -137,7 +157,9 @@ def clean_run(
     outputs = [(loaded.contribution(site), contributing(site)) for site in contributions(n_layers)]
     inputs = [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
     if heads:
-        inputs += [(loaded.projection(number), projecting(number)) for number in sorted(wanted)]
+        inputs += [(loaded.projection(number), projecting(number)) for number in range(n_layers)]
+        modules = [(number, post_norm_module(loaded, number)) for number in range(n_layers)]
+        inputs += [(module, normalizing(number)) for number, module in modules if module is not None]
     nothing: attention.KeysValues = {}
     recorder: contextlib.AbstractContextManager[attention.KeysValues] = (
         attention.recording(loaded.model) if prefix else contextlib.nullcontext(nothing)
@@ -156,6 +178,13 @@ def clean_run(
     argmax, chosen, probability, readout_error = _read(readout, final, output.logits[:, -1], target)
     direction = readout.direction(chosen, final)
     clean_y, _ = readout.centred_logit(final, direction)
+    per_sigma = direction.w / direction.sigma[:, None]  # (prompt, d_model)
+    head_readout = {number: pull_back(loaded, number, per_sigma) for number in heads_at_last}
+    head_effects = {
+        number: torch.linalg.vecdot(parts, head_readout[number]) for number, parts in heads_at_last.items()
+    }
+    for number, scale in scales.items():
+        head_effects[number] = head_effects[number] / scale[:, None]
     stacked = {c: torch.stack([at_last[Site(n, c)] for n in range(n_layers)], 1) for c in COMPONENTS}
     rebuilt = embedding[0] + stacked["attn"].sum(1) + stacked["mlp"].sum(1)
     return CleanRun(
@@ -173,6 +202,8 @@ def clean_run(
         residual=residual,
         contributions=kept_contributions,
         head_inputs=head_inputs,
+        head_effects=head_effects,
+        head_readout=head_readout,
         prefix=keys_values,
     )
 

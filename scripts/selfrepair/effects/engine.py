@@ -20,6 +20,7 @@ from torch import Tensor
 
 from selfrepair.effects import outcomes, passes
 from selfrepair.effects.columns import Effects
+from selfrepair.effects.head_rows import HeadChanges, HeadRows
 from selfrepair.effects.rows import RowBlock, Rows
 from selfrepair.models.loading import LoadedModel
 from selfrepair.planning.sites import MLP, Site
@@ -42,9 +43,31 @@ def ablate(
     All blocks must have one length T, except on path `rows`. Rows are returned block by block, prompt by prompt,
     draw by draw. Raises HookSilentError if a hook did not fire exactly once, ValueError for an unknown path.
     """
-    rows = Rows(loaded, blocks, site, positions)
+    return _measured(loaded, Rows(loaded, blocks, site, positions), path, asked)
+
+
+def _measured(loaded: LoadedModel, rows: Rows, path: str, asked: outcomes.Asked) -> Effects:
     final = _final(loaded, rows, path)
     return replace(rows.effects(final), **outcomes.outcomes(rows, final, asked))
+
+
+@torch.no_grad()
+def ablate_and_read_heads(
+    loaded: LoadedModel,
+    blocks: list[RowBlock],
+    site: Site,
+    positions: str,
+    path: str,
+    asked: outcomes.Asked = NONE_ASKED,
+) -> tuple[Effects, HeadChanges]:
+    """Return the effects as `ablate` does, and the changes of the direct effects of all later query heads.
+
+    The clean runs of the blocks must have been made with `heads`.
+    """
+    rows = Rows(loaded, blocks, site, positions)
+    rows.heads = HeadRows(loaded, blocks, rows.site)
+    effects = _measured(loaded, rows, path, asked)
+    return effects, rows.heads.changes()
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ from selfrepair.effects import heads
 from selfrepair.effects.ablations import Ablation
 from selfrepair.effects.clean import CleanRun
 from selfrepair.effects.columns import COLUMNS, Effects
-from selfrepair.effects.engine import NONE_ASKED, ablate
+from selfrepair.effects.engine import NONE_ASKED, ablate, ablate_and_read_heads
+from selfrepair.effects.head_rows import HeadChanges
+from selfrepair.effects.later_heads import LaterHeads
 from selfrepair.effects.outcomes import Asked
 from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.runs import CleanRuns
@@ -52,9 +54,15 @@ class _Rectangle:
 
 
 def measure(
-    loaded: LoadedModel, runs: CleanRuns, ablation: Ablation, settings: Settings
+    loaded: LoadedModel,
+    runs: CleanRuns,
+    ablation: Ablation,
+    settings: Settings,
+    later_heads: LaterHeads | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the effect columns of a cell. Rows are ordered by site, prompt (as batched) and draw.
+
+    `later_heads` is filled if it is given; the clean runs must then have been made with heads.
 
     Besides the columns of `Effects` there are `site` (an index into `settings.sites`), `prompt` and `draw`.
     Outcomes that were not computed are left out. If a GPU runs out of memory, passes are halved and repeated;
@@ -63,7 +71,9 @@ def measure(
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     number_of = {site: number for number, site in enumerate(settings.sites)}
     for sites in _sharing(settings.sites):
-        for effects, rows in _pieces(loaded, runs, ablation, sites, settings):
+        if later_heads is not None:
+            later_heads.start(sites)
+        for effects, rows in _pieces(loaded, runs, ablation, sites, settings, later_heads):
             parts["site"].append(np.array([number_of[sites[site]] for _, site, _ in rows]))
             parts["prompt"].append(np.array([prompt for prompt, _, _ in rows]))
             parts["draw"].append(np.array([draw for _, _, draw in rows]))
@@ -71,6 +81,8 @@ def measure(
                 values = getattr(effects, name)
                 if values is not None:
                     parts[name].append(values.to("cpu").numpy())
+        if later_heads is not None:
+            later_heads.finish()
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     order = np.argsort(joined["site"], kind="stable")
     return {name: values[order] for name, values in joined.items()}
@@ -88,19 +100,29 @@ def _sharing(sites: tuple[Site, ...]) -> list[list[Site]]:
 
 
 def _pieces(
-    loaded: LoadedModel, runs: CleanRuns, ablation: Ablation, sites: list[Site], settings: Settings
+    loaded: LoadedModel,
+    runs: CleanRuns,
+    ablation: Ablation,
+    sites: list[Site],
+    settings: Settings,
+    later_heads: LaterHeads | None,
 ) -> Iterator[tuple[Effects, list[tuple[int, int, int]]]]:
     """Yield the effects of the rows that run at once, with (prompt, number of the site, draw) of each row."""
     layer = sites[0].layer
     pending = list(reversed(list(_rectangles(runs, settings, len(sites)))))
     while pending:
         group = pending.pop()
+        changes: HeadChanges | None = None
         try:
             blocks = [
                 _block(loaded, runs.run(rectangle.batch, layer), rectangle, ablation, sites)
                 for rectangle in group
             ]
-            effects = ablate(loaded, blocks, sites[0], settings.positions, settings.path, settings.asked)
+            run = sites[0], settings.positions, settings.path, settings.asked
+            if later_heads is None:
+                effects = ablate(loaded, blocks, *run)
+            else:
+                effects, changes = ablate_and_read_heads(loaded, blocks, *run)
         except torch.OutOfMemoryError:
             effects = None
         if effects is None:
@@ -114,6 +136,8 @@ def _pieces(
             pending = [half for other in pending for half in reversed(_halves(other) or [other])]
             pending += reversed(halves)
             continue
+        if later_heads is not None and changes is not None:
+            _add(later_heads, group, effects, changes)
         rows = [
             (prompt.id, site, draw)
             for rectangle in group
@@ -122,6 +146,17 @@ def _pieces(
             for draw in rectangle.draws
         ]
         yield effects, rows
+
+
+def _add(later_heads: LaterHeads, group: list[_Rectangle], effects: Effects, changes: HeadChanges) -> None:
+    """Add the rows of rectangles that ran at once."""
+    first = 0
+    for part in group:
+        rows = slice(first, first + len(part.prompts) * len(part.sites) * len(part.draws))
+        first = rows.stop
+        later_heads.add(
+            changes.of(rows), effects.direct_effect[rows], part.batch, part.prompts, part.sites, part.draws
+        )
 
 
 def _block(

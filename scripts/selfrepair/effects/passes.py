@@ -88,7 +88,7 @@ def _run(
     rows: Rows,
     entry: _Entry | None,  # None: the whole model
     input_ids: Tensor,
-    last_of: Callable[[Tensor], Tensor],  # a contribution as the pass shapes it -> (row, d_model)
+    last_of: Callable[[Tensor], Tensor],  # an activation as the pass shapes it -> (row, width)
     inject: Callable[[Tensor], Tensor],  # a contribution's module output -> the same with the value inserted
     *,
     skip_mixer: bool,
@@ -133,6 +133,8 @@ def _run(
         for context in extra:
             stack.enter_context(context)
         stack.enter_context(hooks.on_output([*outputs, (loaded.layers[rows.until], finish)]))
+        if rows.heads is not None:
+            stack.enter_context(hooks.on_input(rows.heads.hooks(last_of)))
         hooks.run_until_stopped(loaded.model, input_ids=input_ids, **kwargs)
     if not final:
         raise HookSilentError(f"layer {rows.until} was not reached in an ablated run")
@@ -155,7 +157,7 @@ def in_sequence(loaded: LoadedModel, rows: Rows) -> Tensor:  # (row, d_model)
         rows,
         _Entry(entry.start, hidden, entry.replaces),
         last_ids[None],
-        lambda x: x.reshape(-1, d_model),
+        lambda x: x.reshape(-1, x.shape[-1]),
         lambda x: value.reshape(x.shape).clone(),
         skip_mixer=True,
         extra=[attention.rows_attending(loaded.model, blocks)],
@@ -167,14 +169,13 @@ def in_sequence(loaded: LoadedModel, rows: Rows) -> Tensor:  # (row, d_model)
 def decoding(loaded: LoadedModel, rows: Rows) -> Tensor:  # (row, d_model)
     """Run rows in the batch, each one decoding step on its prompt's repeated cache (positions `last`)."""
     entry = _entry(rows)
-    d_model = entry.hidden.shape[-1]
     value = rows.value / loaded.layer(rows.site.layer).multiplier
     last_ids = join([block.per_row(block.run.input_ids[:, -1:]) for block in rows.blocks])
     return _run(
         rows,
         entry,
         last_ids,
-        lambda x: x.reshape(-1, d_model),
+        lambda x: x.reshape(-1, x.shape[-1]),
         lambda x: value.reshape(x.shape).clone(),
         skip_mixer=False,
         extra=[],
@@ -243,7 +244,7 @@ def replaying(loaded: LoadedModel, rows: Rows, *, within: bool, trimmed: bool) -
         rows,
         entry,
         ids,
-        lambda x: x.reshape(n_rows, -1, d_model)[:, -1],
+        lambda x: x.reshape(n_rows, -1, x.shape[-1])[:, -1],
         inject,
         skip_mixer=within,
         extra=[hooks.on_input(trims)] if trims else [],

@@ -5,6 +5,7 @@ A *row* is one ablated run: a prompt and a draw.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from selfrepair.effects.columns import Effects
 from selfrepair.effects.equations import account
 from selfrepair.models.loading import LoadedModel
 from selfrepair.planning.sites import COMPONENTS, Site, contributions
+
+if TYPE_CHECKING:
+    from selfrepair.effects.head_rows import HeadRows
 
 
 class HookSilentError(RuntimeError):
@@ -71,6 +75,7 @@ class Rows:
         self.w_over_sigma = self.w / self.sigma[:, None]
         self.clean = {c: join([block.per_row(block.run.effects[c]) for block in blocks]) for c in COMPONENTS}
         self.ablated = {c: effects.clone() for c, effects in self.clean.items()}  # (row, layer) each
+        self.heads: HeadRows | None = None  # later heads, if their direct effects are read too
         self._observed: set[Site] = set()
 
     def observe(self, site: Site, at_last: Tensor) -> None:  # (row, d_model)

@@ -183,6 +183,9 @@ class CleanRuns:
             heads=self.heads,
         )
         activations = (run.residual[0], *run.contributions.values(), *run.head_inputs.values())
+        directions = sum(
+            t.numel() * t.element_size() for t in run.head_readout.values()
+        )  # of a prompt, all layers
         one = sum(t.numel() * t.element_size() for t in activations)
         keys_values = sum(t.numel() * t.element_size() for pair in run.prefix.values() for t in pair)
         tokens = sum(len(batch.prompts) * batch.length for batch in self.batches)
@@ -190,4 +193,4 @@ class CleanRuns:
         rows = prompts if self.positions == "last" else tokens / run.length
         # Keys and values of the last position are not recorded.
         recorded = (tokens - prompts) / max(1, run.length - 1)
-        return math.ceil(one * self._loaded.n_layers * rows + keys_values * recorded)
+        return math.ceil(one * self._loaded.n_layers * rows + keys_values * recorded + directions * prompts)

@@ -1,4 +1,5 @@
 """The store of finished cells: `results/.cells/KEY.parquet`, where the key digests everything that determines a cell.
+A second file of a cell, such as the changes of later heads, is `KEY.NAME.parquet`.
 
 Snakemake deletes the outputs of a job before it runs the job again, and the outputs of a whole group when one of its
 jobs fails. So a cell is first written to the store, and the declared output is a second name of the same file (a copy
@@ -23,7 +24,9 @@ _log = logging.getLogger("selfrepair")
 
 
 def fetch_or_compute(job: Job, compute: Callable[[Job], None]) -> None:
-    """Create the output of a job that makes one cell: link the stored cell, or have `compute` write it to the store.
+    """Create the outputs of a job that makes one cell: link the stored files, or have `compute` write them.
+
+    All files of a cell are linked, or all are computed.
 
     The job that `compute` gets writes into the store and has the cell's key in `runtime["cell_key"]`, for the cell's
     metadata. Raises InputError if the store's directory cannot be used.
@@ -36,22 +39,26 @@ def fetch_or_compute(job: Job, compute: Callable[[Job], None]) -> None:
             where=str(store),
             remedy="move or remove it, then run the same command again.",
         )
-    entry = store / f"{key}.parquet"
-    ((name, output),) = job.output.items()
-    if entry.exists():
+    entries = {name: store / f"{key}{'' if name == 'cell' else f'.{name}'}.parquet" for name in job.output}
+    if all(entry.exists() for entry in entries.values()):
         try:
-            check(entry)
-            link(entry, Path(output))
+            for entry in entries.values():
+                check(entry)
+            for name, entry in entries.items():
+                link(entry, Path(job.output[name]))
             _log.info("linked from the cell store: nothing to compute")
             return
         except DamagedFileError as error:
             _log.warning("removed from the cell store and computed again: %s", error.what)
         except FileNotFoundError:  # `make prune` removed it a moment ago
             pass
+    for entry in entries.values():
         entry.unlink(missing_ok=True)
-    remove_leftovers(entry)
-    compute(replace(job, output={name: os.fspath(entry)}, runtime={**job.runtime, "cell_key": key}))
-    link(entry, Path(output))
+        remove_leftovers(entry)
+    outputs = {name: os.fspath(entry) for name, entry in entries.items()}
+    compute(replace(job, output=outputs, runtime={**job.runtime, "cell_key": key}))
+    for name, entry in entries.items():
+        link(entry, Path(job.output[name]))
 
 
 def cell_key(job: Job) -> str:
@@ -102,11 +109,16 @@ def prune(results: Path) -> tuple[int, int]:
     Returns the number of removed cells and their size in bytes.
     """
     store = results / ".cells"
-    inodes, keys = _in_use(results.glob("*/*/effects/source=*/ablation=*/layer=*.parquet"))
+    files = (
+        path
+        for folder in ("effects", "downstream_heads")
+        for path in results.glob(f"*/*/{folder}/source=*/ablation=*/layer=*.parquet")
+    )
+    inodes, keys = _in_use(files)
     removed = size = 0
     for entry in store.glob("*.parquet") if store.is_dir() else ():
         status = entry.stat()
-        if (status.st_dev, status.st_ino) in inodes or entry.stem in keys:
+        if (status.st_dev, status.st_ino) in inodes or entry.name.partition(".")[0] in keys:
             continue
         entry.unlink()
         removed, size = removed + 1, size + status.st_size
@@ -116,7 +128,7 @@ def prune(results: Path) -> tuple[int, int]:
 
 
 def _in_use(cells: Iterable[Path]) -> tuple[set[tuple[int, int]], set[str]]:
-    """Return (device, inode) of every cell, and the keys in the metadata of cells that are copies."""
+    """Return (device, inode) of every file of a cell, and the keys in the metadata of files that are copies."""
     inodes: set[tuple[int, int]] = set()
     keys: set[str] = set()
     for cell in cells:

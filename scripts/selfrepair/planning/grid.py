@@ -4,12 +4,14 @@ Path functions accept names or Snakemake's `{wildcards}`. They return paths rela
 Planning calls these functions once per cell, so no file is read twice.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
 from selfrepair.planning.ablations import expanded, kind
 from selfrepair.planning.config import Config, Experiment, Model
+from selfrepair.planning.sites import HEADS
 from selfrepair.storage import checkpoints
 
 RESULTS = "results"
@@ -53,11 +55,35 @@ def cells(config: Config) -> Iterator[Cell]:
     """Yield every cell of every experiment, including those of the control."""
     for experiment in config.experiments.values():
         for name in experiment.models:
-            chosen = layers(experiment, config.models[name])
-            for source in experiment.datasets:
-                for ablation in ablations(experiment):
-                    for layer in chosen:
-                        yield Cell(experiment.name, name, source, ablation, layer)
+            yield from cells_of(experiment, config.models[name])
+
+
+def cells_of(experiment: Experiment, model: Model) -> Iterator[Cell]:
+    """Yield the cells of one experiment and model, including those of the control."""
+    chosen = itertools.product(experiment.datasets, ablations(experiment), layers(experiment, model))
+    for source, ablation, layer in chosen:
+        yield Cell(experiment.name, model.name, source, ablation, layer)
+
+
+def reads_heads(experiment: Experiment) -> bool:
+    """Return whether single heads are ablated. Then the changes of later heads are measured as well."""
+    return HEADS in experiment.components
+
+
+def files_of_cells(config: Config) -> Iterator[str]:
+    """Yield the path of every file of every cell."""
+    for cell in cells(config):
+        yield from cell_files(*cell, heads=reads_heads(config.experiments[cell.experiment])).values()
+
+
+def effects_rules(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """Return {name of a rule that makes cells: whether heads are ablated, and the experiments of the cells}."""
+    rules: dict[str, tuple[bool, list[str]]] = {}
+    for experiment in config.experiments.values():
+        heads = reads_heads(experiment)
+        _, names = rules.setdefault("effects_with_heads" if heads else "effects", (heads, []))
+        names.append(experiment.name)
+    return rules
 
 
 def base(experiment: str, model: str) -> str:
@@ -98,6 +124,20 @@ def effects_path(experiment: str, model: str, source: str, ablation: str, layer:
 def cell_path(cell: Cell) -> str:
     """Return the path of `cell`."""
     return effects_path(*cell)
+
+
+def downstream_heads_path(experiment: str, model: str, source: str, ablation: str, layer: int | str) -> str:
+    """Return the path of the changes of later heads of one cell, if heads are ablated."""
+    return f"{base(experiment, model)}/downstream_heads/source={source}/ablation={ablation}/layer={layer}.parquet"
+
+
+def cell_files(
+    experiment: str, model: str, source: str, ablation: str, layer: int | str, *, heads: bool
+) -> dict[str, str]:
+    """Return the paths of all files of one cell by their names. `heads`: whether heads are ablated."""
+    names = experiment, model, source, ablation, layer
+    files = {"cell": effects_path(*names)}
+    return files | {"downstream_heads": downstream_heads_path(*names)} if heads else files
 
 
 def numerics_path(experiment: str, model: str) -> str:

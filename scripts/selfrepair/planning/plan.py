@@ -5,7 +5,6 @@ use the value. It is a single parameter because Snakemake compares the sorted va
 names: with several parameters it would not notice that `samples` and `store` were swapped.
 """
 
-import itertools
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -17,7 +16,6 @@ from selfrepair.planning.figure_names import FORMATS
 from selfrepair.planning.figure_names import names as figure_names
 from selfrepair.planning.fingerprint import code_digest, stage_digest
 from selfrepair.planning.outcomes import FOIL
-from selfrepair.planning.sites import HEADS
 from selfrepair.planning.stages import MODEL_STAGES, worker_modules
 from selfrepair.storage import checkpoints
 
@@ -65,7 +63,7 @@ class Plan:
         The reports need all of them, but Snakemake does not notice a missing file if a file made from it exists. So
         each one is a target. Stored activations and their moments are not: they may be deleted after a run.
         """
-        paths = [grid.cell_path(cell) for cell in grid.cells(self.config)]
+        paths = list(grid.files_of_cells(self.config))
         for experiment in self.config.experiments.values():
             names = tuple(self._figure_names(experiment))
             for model in experiment.models:
@@ -83,7 +81,7 @@ class Plan:
 
     def intermediates(self) -> list[str]:
         """Return the paths of all files of results/ that other files are computed from, cells included."""
-        paths = [grid.cell_path(cell) for cell in grid.cells(self.config)]
+        paths = list(grid.files_of_cells(self.config))
         for experiment in self.config.experiments.values():
             for name in experiment.models:
                 layers = grid.n_layers(self.config.models[name])
@@ -142,11 +140,14 @@ class Plan:
 
     def cells_of(self, wildcards: Wildcards) -> list[str]:
         """Return the cells of one experiment and model."""
-        experiment, model = self._experiment(wildcards), self._model(wildcards)
-        chosen = itertools.product(
-            experiment.datasets, grid.ablations(experiment), grid.layers(experiment, model)
-        )
-        return [grid.effects_path(experiment.name, model.name, *cell) for cell in chosen]
+        cells = grid.cells_of(self._experiment(wildcards), self._model(wildcards))
+        return [grid.cell_path(cell) for cell in cells]
+
+    def downstream_heads_of(self, wildcards: Wildcards) -> list[str]:
+        """Return the changes of later heads of the cells of one experiment and model; none without heads."""
+        experiment = self._experiment(wildcards)
+        cells = grid.cells_of(experiment, self._model(wildcards)) if grid.reads_heads(experiment) else ()
+        return [grid.downstream_heads_path(*cell) for cell in cells]
 
     def clean_of(self, wildcards: Wildcards) -> list[str]:
         """Return the clean tables of one experiment and model."""
@@ -218,7 +219,7 @@ class Plan:
             "dataset": wildcards.dataset,
             "positions": experiment.positions,
             "layers": grid.n_layers(model),
-            "heads": HEADS in experiment.components,
+            "heads": grid.reads_heads(experiment),
             "target": experiment.target,
             "read": experiment.read,
             "code": self.code("activations"),

@@ -53,5 +53,10 @@ MANIFEST = pa.schema(
         ("layer", pa.int16()),
         ("path", pa.string()),  # relative to the directory of the run
         ("content_sha256", pa.string()),  # the digest in the cell's metadata
+        (
+            "downstream_heads_path",
+            pa.string(),
+        ),  # the cell's changes of later heads; null unless heads are ablated
+        ("downstream_heads_sha256", pa.string()),
     ]
 )

@@ -82,6 +82,8 @@ def _declared(cells: Iterable[Path]) -> Iterator[Path]:
     """Yield the cells that the manifest of their experiment and model lists, or all cells if there is no manifest."""
     listed: dict[Path, set[tuple[str, ...]] | None] = {}
     for cell in cells:
+        if cell.parts[-4:-3] == ("downstream_heads",):  # sums over the rows of a cell
+            continue
         base = cell.parents[3]  # .../effects/source=/ablation=/layer=
         if base not in listed:
             manifest = base / "manifest.parquet"

@@ -2,6 +2,7 @@
 
 Input: `tokens` and `clean` of the source; `activations` or `std` if the table of ablations lists them.
 Output `cell` (selfrepair.effects.columns.EFFECTS): one row per source prompt x component x draw, logits.
+If heads are ablated also `downstream_heads` (selfrepair.effects.head_columns): one row per ablated site x later head.
 Params: experiment, model, model_spec, model_digest, source, ablation, layer, layers, components, positions, draws,
 seed, target, outcomes, code.
 """
@@ -20,12 +21,15 @@ from selfrepair.effects import ablations
 from selfrepair.effects.ablations import EmbeddingNoise
 from selfrepair.effects.columns import COLUMNS, EFFECTS, PROFILE, names
 from selfrepair.effects.draws import Key
+from selfrepair.effects.head_columns import DOWNSTREAM_HEADS, STATISTICS
+from selfrepair.effects.later_heads import LaterHeads
 from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.outcomes import Asked
 from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore, provenance
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.session import Session
+from selfrepair.models.head_readout import heads_add_up
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.ablations import ACTIVATIONS, STD, kind
@@ -62,8 +66,9 @@ def run(job: Job, session: Session) -> None:
     foils = {prompt.id: prompt.foil for prompt in source if prompt.foil is not None}
     asked = Asked(tuple(params["outcomes"]), foils)
     settings = Settings(sites, params["draws"], positions, choice.path, rows, asked)
+    later = LaterHeads(loaded, runs, ablation, settings.n_draws) if "downstream_heads" in job.output else None
     started = time.perf_counter()
-    measured = measure(loaded, runs, ablation, settings)
+    measured = measure(loaded, runs, ablation, settings, later)
     seconds = time.perf_counter() - started
     measured = in_order(measured, {row.id: number for number, row in enumerate(source)})
     require_finite(measured, job.output["cell"])
@@ -83,7 +88,10 @@ def run(job: Job, session: Session) -> None:
         "seed": params["seed"],
         **provenance.facts_of(loaded),
     }
-    tables.write(job.output["cell"], columns, EFFECTS, metadata)
+    if later is not None:
+        pairs, adds_up = later_heads_columns(params, sites, later), {"heads_add_up": heads_add_up(loaded)}
+        tables.write(job.output["downstream_heads"], pairs, DOWNSTREAM_HEADS, metadata | adds_up)
+    tables.write(job.output["cell"], columns, EFFECTS, metadata)  # last: whoever sees it sees the whole cell
     log.info("%d rows, %.3f s in the engine (path %s)", len(measured["prompt"]), seconds, choice.path)
 
 
@@ -181,6 +189,23 @@ def table_columns(
         "target": [facts[prompt].target for prompt in ids],
         "correct": [facts[prompt].correct for prompt in ids],
         "position": [facts[prompt].position for prompt in ids],
+    }
+
+
+def later_heads_columns(params: Mapping[str, Any], sites: Sequence[Site], later: LaterHeads) -> dict[str, Any]:
+    """Return every column of `downstream_heads`, ready to be written."""
+    pairs = [(site, *head) for site in sites for head in later.heads[site]]
+    statistics = {
+        name: np.concatenate([later.columns[site][name] for site in sites]).astype(np.float32)
+        for name in STATISTICS
+    }
+    return {
+        **statistics,
+        **{key: [params[key]] * len(pairs) for key in ("experiment", "model", "source", "ablation", "layer")},
+        "component": [site.component if site.index is None else HEAD for site, _, _ in pairs],
+        "head": [site.index for site, _, _ in pairs],
+        "downstream_layer": [layer for _, layer, _ in pairs],
+        "downstream_head": [head for _, _, head in pairs],
     }
 
 

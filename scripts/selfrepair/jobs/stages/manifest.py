@@ -1,7 +1,8 @@
 """Stage `manifest`: the cells of the current configuration, for readers that must not read cells of earlier ones.
 
-Input: `cells` (list of paths). Output `manifest`: selfrepair.storage.schemas.MANIFEST, one row per cell in the order
-of the input. Params: experiment, model.
+Input: `cells` and `downstream_heads` (lists of paths; the second is empty unless heads are ablated).
+Output `manifest`: selfrepair.storage.schemas.MANIFEST, one row per cell in the order of the input.
+Params: experiment, model.
 """
 
 from typing import Any
@@ -14,20 +15,27 @@ from selfrepair.storage import schemas, tables
 
 def run(job: Job, session: object) -> None:
     """Write the manifest from the metadata of the cells. Raises DamagedFileError for a file that is not a cell."""
-    rows = []
+    rows: dict[grid.Cell, dict[str, Any]] = {}
     for path in job.input["cells"]:
-        facts = tables.read_metadata(path)
-        config = facts.get("config") or {}
-        values: list[Any] = [
-            config.get(key) for key in ("experiment", "model", "source", "ablation", "layer")
-        ]
-        cell = grid.Cell(*values)
-        if grid.cell_path(cell) != path:
-            raise InputError(
-                f"holds the cell {' / '.join(map(str, cell))}, which belongs elsewhere",
-                where=path,
-                remedy=f"delete it (rm '{path}') and run the same command again.",
-            )
-        rows.append({**cell._asdict(), "path": path, "content_sha256": facts["content_sha256"]})
-    columns = {name: [row[name] for row in rows] for name in schemas.MANIFEST.names}
+        cell, digest = _checked(path, "cell")
+        rows[cell] = {**cell._asdict(), "path": path, "content_sha256": digest}
+    for path in job.input.get("downstream_heads", ()):
+        cell, digest = _checked(path, "downstream_heads")
+        rows[cell] |= {"downstream_heads_path": path, "downstream_heads_sha256": digest}
+    columns = {name: [row.get(name) for row in rows.values()] for name in schemas.MANIFEST.names}
     tables.write(job.output["manifest"], columns, schemas.MANIFEST, {"config": job.params})
+
+
+def _checked(path: str, name: str) -> tuple[grid.Cell, str]:
+    """Return the cell that a file of results/ belongs to and its digest. Raises InputError for a misplaced file."""
+    facts = tables.read_metadata(path)
+    config = facts.get("config") or {}
+    values: list[Any] = [config.get(key) for key in ("experiment", "model", "source", "ablation", "layer")]
+    cell = grid.Cell(*values)
+    if grid.cell_files(*cell, heads=True)[name] != path:
+        raise InputError(
+            f"holds the cell {' / '.join(map(str, cell))}, which belongs elsewhere",
+            where=path,
+            remedy=f"delete it (rm '{path}') and run the same command again.",
+        )
+    return cell, facts["content_sha256"]

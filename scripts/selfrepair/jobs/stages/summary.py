@@ -5,7 +5,6 @@ Cells are read one at a time and reduced at once, so memory does not grow with t
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 
 from selfrepair.analysis import audit, layers, verdicts
 from selfrepair.analysis.ablation_table import ABLATIONS, AblationTotals
-from selfrepair.analysis.cells import CONTROL, Cell, read_cell, read_clean
+from selfrepair.analysis.cells import CONTROL, Cell, foreign, read_cell, read_clean
 from selfrepair.analysis.conditions import Conditions
 from selfrepair.analysis.contribution import contributions
 from selfrepair.analysis.downstream import DOWNSTREAM, downstream_table
+from selfrepair.analysis.downstream_heads import downstream_heads_table, read_later_heads, sum_error
 from selfrepair.analysis.schema import floor_key, ordered, table
 from selfrepair.analysis.statistics import Bootstrap, seed_of
 from selfrepair.analysis.thresholds import LEVEL, RESAMPLES
@@ -31,7 +31,10 @@ log = logging.getLogger("selfrepair")
 
 
 def run(job: Job, session: object) -> None:
-    """Read `cells` and `clean` (lists of paths); write `numerics` and every table of grid.SUMMARY_TABLES.
+    """Write `numerics` and every table of grid.SUMMARY_TABLES.
+
+    Inputs: `cells`, `clean` and, if heads are ablated, `downstream_heads` (lists of paths, the last in the order of
+    the cells).
 
     Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError if a file's contents are not what was
     written, and InputError for cells that are missing, not finite, or of another experiment, model or clean table.
@@ -40,16 +43,18 @@ def run(job: Job, session: object) -> None:
     for path in job.input["clean"]:
         source = _Source(path, job.params)
         if source.name in sources:
-            raise _foreign(path, f"holds source {source.name!r}, and so does {sources[source.name].path}")
+            raise foreign(path, f"holds source {source.name!r}, and so does {sources[source.name].path}")
         sources[source.name] = source
 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("layers", "estimates", "audit")}
     downstream: list[pa.Table] = []
     stored_mean_errors: dict[tuple[Any, ...], float] = {}
-    for path in job.input["cells"]:
+    cells = job.input["cells"]
+    heads = job.input.get("downstream_heads") or [None] * len(cells)
+    for path, path_of_heads in zip(cells, heads, strict=True):
         cell = read_cell(path)
         if cell.source not in sources:
-            raise _foreign(
+            raise foreign(
                 path, f"belongs to source {cell.source!r}, which has no clean table among the inputs"
             )
         source = sources[cell.source]
@@ -58,13 +63,18 @@ def run(job: Job, session: object) -> None:
         source.conditions.add(facts)
         selftest = (facts.get("engine") or {}).get("selftest_error")
         parallel = cell.layer in source.parallel
+        later = None if path_of_heads is None else read_later_heads(path_of_heads, cell)
         for row in contributions(cell, source.clean_effects, parallel=parallel):
             rows["audit"].append(audit.audit_row(cell, row, parallel=parallel, selftest_error=selftest))
+            if later is not None:
+                rows["audit"][-1]["heads_error"] = sum_error(row, later)
             if cell.ablation == CONTROL:  # not an ablation: it gives the noise floors
                 continue
             rows["layers"] += layers.layer_rows(row, source.subsets)
             rows["estimates"].append(verdicts.estimate(row, source.bootstrap))
             downstream.append(downstream_table(row))
+            if later is not None:
+                downstream.append(downstream_heads_table(row, later))
             if row.keys["head"] is None:
                 source.totals.add(row)
             if cell.ablation == f"replace-{cell.source}":
@@ -129,7 +139,7 @@ class _Source:
         self.keys = params["experiment"], params["model"]
         keys = str(self.clean["experiment"][0]), str(self.clean["model"][0])
         if keys != self.keys:
-            raise _foreign(path, f"belongs to {' / '.join(keys)}, not to {' / '.join(self.keys)}")
+            raise foreign(path, f"belongs to {' / '.join(keys)}, not to {' / '.join(self.keys)}")
         order = np.argsort(self.clean["prompt"].to_numpy())
         self.prompts = self.clean["prompt"].to_numpy()[order]
         self.correct = (
@@ -157,24 +167,24 @@ class _Source:
         """Check a cell against the clean table and the other cells. Raises InputError."""
         if (cell.experiment, cell.model) != self.keys:
             keys = f"{cell.experiment} / {cell.model}"
-            raise _foreign(cell.path, f"belongs to {keys}, not to {' / '.join(self.keys)}")
+            raise foreign(cell.path, f"belongs to {keys}, not to {' / '.join(self.keys)}")
         paths = self.seen.setdefault(cell.ablation, {})
         if cell.layer in paths:
-            raise _foreign(
+            raise foreign(
                 cell.path, f"holds {cell.ablation} of layer {cell.layer}, as does {paths[cell.layer]}"
             )
         paths[cell.layer] = cell.path
         if not np.array_equal(cell.prompts, self.prompts):
             differing = np.setxor1d(cell.prompts, self.prompts)
-            raise _foreign(
+            raise foreign(
                 cell.path,
                 f"its prompts are not those of {self.path} ({len(differing)} differ, first {differing[0]})",
             )
         if not _same(cell.correct, self.correct):
-            raise _foreign(cell.path, f"its `correct` is not that of {self.path}")
+            raise foreign(cell.path, f"its `correct` is not that of {self.path}")
         expected = self.ablated.setdefault(cell.layer, cell.ablated)
         if cell.ablated != expected:
-            raise _foreign(cell.path, f"has components {cell.ablated}, other cells of the layer {expected}")
+            raise foreign(cell.path, f"has components {cell.ablated}, other cells of the layer {expected}")
 
     def check_complete(self) -> None:
         """Raise InputError unless every ablation has the same layers and the control is among them."""
@@ -201,11 +211,6 @@ def _shared(facts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     first, *others = facts
     own = ("content_sha256", "schema_version", "dataset", "source", "engine", "config")
     return {k: v for k, v in first.items() if k not in own and all(o.get(k) == v for o in others)}
-
-
-def _foreign(path: str | Path, what: str) -> InputError:
-    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
-    return InputError(what, where=str(path), remedy=remedy)
 
 
 def _missing(source: str, what: str) -> InputError:

@@ -1,0 +1,177 @@
+"""Changes of later heads' direct effects: against full forwards in float64, and reduced as the analysis would."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from selfrepair.analysis import crossed, responsibility
+from selfrepair.analysis.contribution import Contribution
+from selfrepair.effects import reference
+from selfrepair.effects.ablations import Replace
+from selfrepair.effects.clean import clean_run
+from selfrepair.effects.draws import Key
+from selfrepair.effects.engine import PATHS, ablate_and_read_heads
+from selfrepair.effects.head_columns import STATISTICS
+from selfrepair.effects.head_moments import Design, HeadMoments
+from selfrepair.effects.head_rows import downstream_heads
+from selfrepair.effects.later_heads import LaterHeads
+from selfrepair.effects.measure import Settings, measure
+from selfrepair.effects.rows import RowBlock
+from selfrepair.effects.runs import CleanRuns
+from selfrepair.models.loading import wrap
+from selfrepair.planning.sites import Site
+from selfrepair.prompts.prompt import Prompt
+
+# Grouped-query attention with biases, a transposed projection, parallel blocks, a multiplier, a post-norm.
+MODELS = {
+    "llama": {"attention_bias": True},
+    "gpt2": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128},
+    "cohere": {"logit_scale": 0.0625},
+    "granite": {"residual_multiplier": 0.22},
+    "gemma2": {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loaded(request):
+    with tiny_models.float64_throughout():
+        yield wrap(tiny_models.exact(tiny_models.build(request.param, **MODELS[request.param])))
+
+
+def head_effects(loaded, run, clean, target, layer):
+    """Direct effects of one layer's heads, by the definition: u(a) - u(f(x with part h = 0)), clean sigma."""
+    direction = loaded.readout.direction(torch.tensor([target]), clean.final.double()[None])
+    w, sigma = direction.w[0], direction.sigma[0]
+    x = run.head_inputs[layer][-1].double()  # (head, width)
+    if loaded.model.config.model_type == "gemma2":  # the post-norm's scale is that of the run
+        attention, norm = loaded.layers[layer].self_attn, loaded.layers[layer].post_attention_layernorm
+        scale = torch.sqrt((attention.o_proj.weight @ x.flatten()).square().mean() + norm.eps)
+        columns = attention.o_proj.weight.unflatten(1, x.shape)  # (d_model, head, width)
+        parts = torch.einsum("dhw,hw->hd", columns, x) * (1 + norm.weight) / scale
+        return parts @ w / sigma
+    whole = loaded.from_heads(layer, x.flatten())
+    silent = torch.stack([x.clone().index_fill_(0, torch.tensor([h]), 0).flatten() for h in range(len(x))])
+    return (whole - loaded.from_heads(layer, silent)) @ w / sigma
+
+
+def compare(loaded, positions, path, site):
+    generator = torch.Generator().manual_seed(site.layer)
+    ids = torch.randint(3, 200, (2, 9), generator=generator)
+    run = clean_run(loaded, [0, 1], ids, positions=positions, prefix=path == "rows", heads=True)
+    width = loaded.adapter.d_model
+    value = torch.randn(2, 2, 9 if positions == "all" else 1, width, generator=generator, dtype=torch.float64)
+    effects, found = ablate_and_read_heads(loaded, [RowBlock(run, slice(0, 2), value)], site, positions, path)
+    heads = downstream_heads(loaded, site)
+    assert [layer for layer, _ in heads] == [n for n in range(site.layer + 1, 4) for _ in range(4)]
+    for row in range(4):
+        prompt, draw = divmod(row, 2)
+        target = int(run.direction.target[prompt])
+        clean = reference.forward(loaded, ids[prompt])
+        ablated = reference.forward(loaded, ids[prompt], (site, value[prompt, draw]))
+        layers = range(site.layer + 1, 4)
+        before, after = (
+            torch.cat([head_effects(loaded, one, clean, target, n) for n in layers])
+            if len(layers)
+            else torch.zeros(0)
+            for one in (clean, ablated)
+        )
+        assert not heads or (after - before).abs().max() > 1e-2
+        torch.testing.assert_close(found.clean[row], before, atol=1e-9, rtol=0)
+        torch.testing.assert_close(found.change[row], after - before, atol=1e-9, rtol=0)
+    if heads:  # no bias changes here, so the heads' changes sum to the attention's
+        by_layer = found.change.unflatten(-1, (-1, 4)).sum(-1)
+        torch.testing.assert_close(by_layer, effects.downstream_attn[:, site.layer + 1 :], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("positions", "path"), [("last", "rows"), ("all", "trimmed")])
+def test_later_heads_agree_with_full_forwards(loaded, positions, path):
+    for site in (Site(1, "attn"), Site(2, "mlp"), Site(3, "attn")):
+        compare(loaded, positions, path, site)
+
+
+def test_every_other_path_reads_the_same():
+    with tiny_models.float64_throughout():
+        loaded = wrap(tiny_models.exact(tiny_models.build("gemma2", **MODELS["gemma2"])))
+        for positions, paths in PATHS.items():
+            for path in paths[1:]:
+                compare(loaded, positions, path, Site(1, "attn"))
+
+
+def cell(loaded, sites, rows, draws=3):
+    """Measure a cell whose prompts share replacements; return the sums, and every row of the sites in full."""
+    generator = torch.Generator().manual_seed(7)
+    prompts = [
+        Prompt(10 + number, tuple(torch.randint(3, 200, (length,), generator=generator).tolist()))
+        for number, length in enumerate((9, 7, 9, 7, 7))
+    ]
+    runs = CleanRuns(loaded, prompts, "last", True, 4096, 1 << 30, heads=True)
+    stored = torch.randn(4, 1, 16, generator=generator, dtype=torch.float64)
+    ablation = Replace(Key(0, "s", "a"), draws, list(range(4)), dict.fromkeys(sites, stored))
+    settings = Settings(sites, draws, "last", "rows", rows)
+    later = LaterHeads(loaded, runs, ablation, draws)
+    seen = []
+    add = later.add
+    later.add = lambda *args: (seen.append(args), add(*args))
+    measure(loaded, runs, ablation, settings, later)
+    order = [prompt.id for batch in runs.batches for prompt in batch.prompts]
+    whole = {name: np.full((len(sites), 5, draws, 8), np.nan) for name in ("change", "clean", "loss")}
+    for changes, direct_effect, batch, chosen, numbers, drawn in seen:
+        ids = [runs.batches[batch].prompts[number].id for number in chosen]
+        for row, (prompt, site, draw) in enumerate(itertools.product(ids, numbers, drawn)):
+            at = site, order.index(prompt), draw
+            whole["change"][at], whole["clean"][at] = changes.change[row], changes.clean[row]
+            whole["loss"][at] = -direct_effect[row]
+    replacement = np.array(
+        [[ablation.replacement(p, d) for d in range(draws)] for p in order], dtype=np.int32
+    )
+    return later, whole, crossed.Design(5, draws, replacement)
+
+
+@pytest.mark.parametrize(
+    "rows", [2, 5, 4096]
+)  # a prompt's draws in two passes, its sites in two, all at once
+def test_the_sums_are_those_that_the_analysis_makes_of_every_row(rows):
+    loaded, sites = wrap(tiny_models.build("llama")), (Site(1, "attn", 2), Site(1, "attn", 0))
+    later, whole, design = cell(loaded, sites, rows)
+    assert design.shared
+    for number, site in enumerate(sites):
+        assert later.heads[site] == [(layer, head) for layer in (2, 3) for head in range(4)]
+        check(later.columns[site], {name: values[number] for name, values in whole.items()}, design)
+
+
+def check(found, whole, design):
+    """Compare the sums of one site with those of all its rows."""
+    assert set(found) == set(STATISTICS)
+    loss = whole["loss"][:, :, 0]
+    blank = {name: loss for name in Contribution.__dataclass_fields__}
+    arrays = {"clean": whole["clean"][:, 0], "changes": whole["change"], "loss": loss}
+    contribution = Contribution(**{**blank, "keys": {}, "design": design, "sites": [], **arrays})
+    kinds = responsibility.kinds(contribution)
+    aligned = sum(kinds.values())
+    for name, values in (("change", whole["change"]), ("aligned", aligned)):
+        moments = design.moments(values)
+        np.testing.assert_allclose(found[f"{name}_mean"], values.mean((0, 1)), atol=1e-12)
+        for sum_of_squares in ("between", "within", "across"):
+            wanted = getattr(moments, sum_of_squares)
+            assert wanted.min() > 1e-6
+            np.testing.assert_allclose(found[f"{name}_{sum_of_squares}"], wanted, rtol=1e-9)
+    for kind, values in kinds.items():
+        assert abs(values).max() > 1e-3
+        np.testing.assert_allclose(found[kind], values.mean((0, 1)), atol=1e-12)
+    best = aligned.mean(1)
+    winners = [int(row.argmax()) for row in best if row.max() > 0]
+    np.testing.assert_allclose(found["agreement"], np.bincount(winners, minlength=8) / 5)
+
+
+def test_sums_of_one_draw_have_no_spread_within_prompts():
+    change = torch.rand(6, 1, 3, dtype=torch.float64) / 3
+    moments = HeadMoments(1, 3, Design(6, 1, None), torch.device("cpu"))
+    for prompts in (range(2), range(2, 6)):
+        part = change[prompts.start : prompts.stop]
+        loss = torch.ones(len(prompts), 1, 1)
+        moments.add(part[:, None], part[:, 0], loss, prompts, range(1), range(1))
+    found = moments.columns(0)
+    assert (found["change_within"] == 0).all() and (found["change_across"] == 0).all()
+    np.testing.assert_allclose(found["woken"], change.mean((0, 1)))
