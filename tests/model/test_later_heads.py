@@ -2,9 +2,12 @@
 
 import itertools
 
+import inprocess
 import numpy as np
+import polars as pl
 import pytest
 import tiny_models
+import tinyproject
 import torch
 from selfrepair.analysis import crossed, responsibility
 from selfrepair.analysis.contribution import Contribution
@@ -21,6 +24,7 @@ from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.models.loading import wrap
+from selfrepair.planning import config_loading
 from selfrepair.planning.sites import Site
 from selfrepair.prompts.prompt import Prompt
 
@@ -175,3 +179,37 @@ def test_sums_of_one_draw_have_no_spread_within_prompts():
     found = moments.columns(0)
     assert (found["change_within"] == 0).all() and (found["change_across"] == 0).all()
     np.testing.assert_allclose(found["woken"], change.mean((0, 1)))
+
+
+def test_the_summary_of_a_run_with_heads(tmp_path, monkeypatch):
+    """Later heads have rows of their own, which sum to their attention's and compete with heads only."""
+    monkeypatch.chdir(tmp_path)
+    tinyproject.write_model(tmp_path / "model", layers=3)
+    tinyproject.write_data(tmp_path / "a.jsonl", seed=1)
+    experiment = {**tinyproject.CONFIG["experiments"]["last"], "datasets": ["a"]}
+    experiment |= {"ablations": ["replace"], "components": ["attn", "mlp", "heads"]}
+    values = {**tinyproject.CONFIG, "experiments": {"last": experiment}}
+    inprocess.run(config_loading.load_config(values, tmp_path))
+
+    table = pl.read_parquet("results/last/tiny/summary/downstream.parquet")
+    names = pl.col("component", "downstream_component").cast(pl.String)
+    table = table.with_columns(names).filter(pl.col("ablation").cast(pl.String) != "self")
+    heads = table.filter(downstream_component="head")
+    ablated = ["layer", "component", "head"]
+    assert (
+        len(heads) == (4 + 2) * (2 * 4) + (4 + 2) * 4
+    )  # 4 heads, attention and MLP ablated at layers 0 and 1
+    sums = heads.group_by(*ablated, "downstream_layer").agg(pl.col("mean_change").sum())
+    whole = table.filter(downstream_component="attn").join(
+        sums, on=[*ablated, "downstream_layer"], nulls_equal=True, suffix="_of_heads"
+    )
+    assert len(whole) == len(sums) == 6 * 2 + 6
+    np.testing.assert_allclose(whole["mean_change"], whole["mean_change_of_heads"], atol=1e-6)
+    parts = heads["attenuated"] + heads["woken"] + heads["propagated"]
+    np.testing.assert_allclose(parts, heads["aligned_change"], atol=1e-6)
+    assert (heads["low"] < heads["mean_change"]).all() and (heads["mean_change"] < heads["high"]).all()
+    families = table.with_columns(is_head=pl.col("downstream_component") == "head")
+    most = families.group_by(*ablated, "is_head").agg(pl.col("strongest").sum(), pl.col("agreement").sum())
+    assert most["strongest"].max() <= 1 and most["agreement"].max() < 1 + 1e-6
+    audit = pl.read_parquet("results/last/tiny/summary/audit.parquet").filter(pl.col("layer") < 2)
+    assert 0 < audit["heads_error"].max() < 1e-6 and audit["heads_error"].null_count() == 0

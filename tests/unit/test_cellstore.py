@@ -235,3 +235,30 @@ def test_a_file_in_place_of_the_store_is_an_input_error(job: Job) -> None:
     Path(job.runtime["cells"]).write_text("")
     with pytest.raises(InputError, match=r"\.cells: is a file"):
         cellstore.fetch_or_compute(job, Computing())
+
+
+def test_a_cell_with_two_files_is_linked_whole_or_computed_again(job: Job, tmp_path: Path) -> None:
+    second = tmp_path / "results/e/m/downstream_heads/source=a/ablation=zero/layer=1.parquet"
+    both = replace(job, output={**job.output, "downstream_heads": str(second)})
+    calls = []
+
+    def compute(inner: Job) -> None:
+        calls.append(inner)
+        for name, path in inner.output.items():
+            tables.write(path, {"x": [len(name)]}, None, {"cell_key": inner.runtime["cell_key"]})
+
+    cellstore.fetch_or_compute(both, compute)
+    key = cellstore.cell_key(both)
+    stored = {path.name: path for path in entries(both)}
+    assert set(stored) == {f"{key}.parquet", f"{key}.downstream_heads.parquet"}
+    for path in both.output.values():
+        Path(path).unlink()
+    cellstore.fetch_or_compute(both, compute)
+    assert len(calls) == 1 and value(str(second)) == [len("downstream_heads")]
+    assert cellstore.prune(tmp_path / "results") == (0, 0)
+    stored[f"{key}.downstream_heads.parquet"].unlink()  # the cell is not linked without it
+    cellstore.fetch_or_compute(both, compute)
+    assert len(calls) == 2
+    second.unlink()
+    removed, _ = cellstore.prune(tmp_path / "results")
+    assert removed == 1 and [path.name for path in entries(both)] == [f"{key}.parquet"]

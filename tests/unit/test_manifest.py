@@ -48,6 +48,23 @@ def test_every_cell_is_listed_with_its_digest(plan: Plan) -> None:
         assert row["content_sha256"] == tables.read_metadata(str(row["path"]))["content_sha256"]
 
 
+def test_the_changes_of_later_heads_are_listed_beside_their_cell(plan: Plan) -> None:
+    cells = [write_cell(cell) for cell in CELLS]
+    heads = [write_cell(cell, grid.downstream_heads_path(*cell)) for cell in CELLS]
+    inputs = {"cells": cells, "downstream_heads": heads}
+    manifest.run(Job("manifest", inputs, {"manifest": "manifest.parquet"}, {}), None)
+    rows = tables.read("manifest.parquet").to_pylist()
+    assert [(row["path"], row["downstream_heads_path"]) for row in rows] == list(
+        zip(cells, heads, strict=True)
+    )
+    digests = [tables.read_metadata(path)["content_sha256"] for path in heads]
+    assert [row["downstream_heads_sha256"] for row in rows] == digests
+    write_cell(CELLS[0], heads[1])
+    with pytest.raises(InputError, match="which belongs elsewhere"):
+        manifest.run(Job("manifest", inputs, {"manifest": "manifest.parquet"}, {}), None)
+    assert [str(path) for path in verify.cells_below([Path("results")])] == sorted(cells)
+
+
 def test_a_file_that_is_another_cell_or_none_is_refused(plan: Plan) -> None:
     other = write_cell(CELLS[0], grid.cell_path(CELLS[1]))
     with pytest.raises(InputError, match=r"layer=3.parquet: holds the cell grid / demo / facts / zero / 0"):
