@@ -41,7 +41,7 @@ MODELS = {
 @pytest.fixture(scope="module", params=MODELS)
 def loaded(request):
     with tiny_models.float64_throughout():
-        yield wrap(tiny_models.exact(tiny_models.build(request.param, **MODELS[request.param])))
+        return wrap(tiny_models.exact(tiny_models.build(request.param, **MODELS[request.param])))
 
 
 def head_effects(loaded, run, clean, target, layer):
@@ -91,8 +91,9 @@ def compare(loaded, positions, path, site):
 
 @pytest.mark.parametrize(("positions", "path"), [("last", "rows"), ("all", "trimmed")])
 def test_later_heads_agree_with_full_forwards(loaded, positions, path):
-    for site in (Site(1, "attn"), Site(2, "mlp"), Site(3, "attn")):
-        compare(loaded, positions, path, site)
+    with tiny_models.float64_throughout():
+        for site in (Site(1, "attn"), Site(2, "mlp"), Site(3, "attn")):
+            compare(loaded, positions, path, site)
 
 
 def test_every_other_path_reads_the_same():
@@ -188,7 +189,8 @@ def test_the_summary_of_a_run_with_heads(tmp_path, monkeypatch):
     tinyproject.write_data(tmp_path / "a.jsonl", seed=1)
     experiment = {**tinyproject.CONFIG["experiments"]["last"], "datasets": ["a"]}
     experiment |= {"ablations": ["replace"], "components": ["attn", "mlp", "heads"]}
-    values = {**tinyproject.CONFIG, "experiments": {"last": experiment}}
+    data = {"a": tinyproject.CONFIG["datasets"]["a"]}
+    values = {**tinyproject.CONFIG, "datasets": data, "experiments": {"last": experiment}}
     inprocess.run(config_loading.load_config(values, tmp_path))
 
     table = pl.read_parquet("results/last/tiny/summary/downstream.parquet")

@@ -98,6 +98,25 @@ def test_an_ablation_at_all_positions_costs_a_prompt_each(root: Path) -> None:
     assert other.operations["effects"] == pytest.approx(10 * one.operations["effects"])
 
 
+def test_later_heads_cost_what_their_pairs_and_sums_take(root: Path) -> None:
+    raw = projects.raw()
+    raw["experiments"]["grid"] |= {"store": 3, "ablations": ["zero", "replace"], "layers": [0, 6]}
+    plain, with_heads = raw["experiments"]["grid"], {"components": ["attn", "heads"]}
+    config = projects.load(root, raw)
+    raw["experiments"]["grid"] = plain | with_heads
+    both = projects.load(root, raw)
+    lengths = {"facts": 10.0, "python": 10.0}
+    model = config.models["demo"]
+    without = costs.costs(config.experiments["grid"], model, lengths)
+    found = costs.costs(both.experiments["grid"], model, lengths)
+    # 4 heads and the attention, ablated at layers 0 and 6 of 8, reach 7 * 4 and 4 heads; 2 data sets, 4 ablations
+    pairs = 2 * 4 * 5 * (7 * 4 + 4)
+    assert found.disk["changes of later heads"] == pairs * costs._PAIR + found.cells * 9e3
+    assert "changes of later heads" not in without.disk
+    sums = 2 * 8 * 4 * (7 * 4) * (5 + 3)
+    assert found.memory - without.memory == sums
+
+
 def test_a_failed_job_is_given_more(root: Path) -> None:
     config = projects.load(root)
     model, experiment = config.models["demo"], config.experiments["grid"]

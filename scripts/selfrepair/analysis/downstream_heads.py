@@ -1,5 +1,6 @@
 """Which later query heads change, and how: their rows of summary/downstream.parquet, from the sums of a cell."""
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -45,13 +46,12 @@ def read_later_heads(path: str | os.PathLike[str], cell: Cell) -> LaterHeads:
     component = np.asarray(table["component"].cast(pa.string()).to_pylist(), dtype=object)
     ablated = pc.fill_null(table["head"], -1).to_numpy()
     sites: dict[tuple[str, int | None], slice] = {}
-    # Rows of one ablated site lie side by side.
-    starts = [
-        n
-        for n in range(len(table))
-        if not n or (component[n], ablated[n]) != (component[n - 1], ablated[n - 1])
+    edges = [
+        0,
+        *np.flatnonzero((component[1:] != component[:-1]) | (ablated[1:] != ablated[:-1])) + 1,
+        len(table),
     ]
-    for first, last in zip(starts, [*starts[1:], len(table)], strict=True):
+    for first, last in itertools.pairwise(dict.fromkeys(edges)):  # rows of one ablated site lie side by side
         sites[component[first], None if ablated[first] < 0 else int(ablated[first])] = slice(first, last)
     statistics = {name: table[name].to_numpy().astype(np.float64) for name in STATISTICS}
     for name, values in statistics.items():

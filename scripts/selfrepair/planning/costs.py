@@ -3,15 +3,19 @@
 Costs are accurate to about ten per cent: prompt lengths are means, and small terms are left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfrepair.planning import grid
+from selfrepair.planning.ablations import REPLACE
 from selfrepair.planning.config import Experiment, Model
 from selfrepair.planning.modelsize import Size, size_of
 from selfrepair.planning.sites import HEADS, MLP
 
 _OWN_MLP = 0.65  # part of a layer's parameters that its MLP has: what an attention ablation also runs through
 _ROW = 60  # bytes of a row of effects beside its lists, compressed
+_PAIR = 67  # bytes of an ablated site and a later head in downstream_heads/, compressed
+_PAIR_OF_SUMMARY = 61  # the same in summary/downstream.parquet
 _PAGES = 30 << 20  # bytes of the figures and the report of an experiment and model
 
 
@@ -35,6 +39,10 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
     layers = grid.layers(experiment, model)
     ablations = grid.ablations(experiment)
     everywhere = experiment.positions == "all"
+    heads = HEADS in experiment.components
+    tensors = (
+        4.0 if heads else 3.0
+    )  # per layer and position kept: the residual stream, what is added to it, heads
     rows = 0
     clean = cells = noise = stored = kept = 0.0
     for dataset in experiment.datasets:
@@ -46,8 +54,10 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         kept += (
             experiment.samples
             * size.item
-            * (3 * size.layers * size.width * per_row + size.layers * size.keys_values * length)
+            * (tensors * size.layers * size.width * per_row + size.layers * size.keys_values * length)
         )
+        if heads:  # the directions that read the heads, in readout precision
+            kept += experiment.samples * 4 * size.layers * size.width
         for ablation in ablations:
             draws = grid.draws(experiment, ablation)
             for layer in layers:
@@ -66,16 +76,17 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         "tokens": sum(
             (experiment.samples + experiment.store) * 8 * lengths[dataset] for dataset in experiment.datasets
         ),
-        "activations": (3.0 if HEADS in experiment.components else 2.0)
-        * size.layers
-        * stored
-        * size.width
-        * size.item,
+        "activations": (tensors - 1) * size.layers * stored * size.width * size.item,
         "clean": sources * (16.0 * size.layers + 100),
         "effects": rows * (2 * 4 * size.layers + _ROW) + n_cells * 6e3,
         "summary, figures, report": _PAGES + n_cells * len(experiment.components) * 1e3,
     }
     working = 4096 * size.item * 12 * size.width + longest * 4 * size.vocabulary * 4
+    if heads:
+        pairs = _pairs(experiment, size, layers) * len(experiment.datasets)
+        disk["changes of later heads"] = pairs * len(ablations) * _PAIR + n_cells * 9e3
+        disk["summary, figures, report"] += pairs * len(ablations) * _PAIR_OF_SUMMARY
+        working += later_heads_bytes(experiment, size, layers)
     return Costs(
         experiment.name,
         model.name,
@@ -86,6 +97,22 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         size.weights + working,
         kept,
     )
+
+
+def _pairs(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:
+    """Return the pairs of an ablated site and a later head of one source and ablation."""
+    sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+    return sum(sites * (size.layers - layer - 1) * size.heads for layer in layers)
+
+
+def later_heads_bytes(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:
+    """Return the bytes of the sums of a cell over its rows: float64, per ablated head and later head.
+
+    Two for each replacement prompt, and ten others. The numbers of source prompts and of draws do not count.
+    """
+    drawn = any(name.startswith(REPLACE) for name in grid.ablations(experiment))
+    later = (size.layers - min(layers) - 1) * size.heads
+    return 2 * 8 * size.heads * later * (5 + (experiment.store if drawn else 0))
 
 
 def _layer(size: Size, length: float) -> float:
