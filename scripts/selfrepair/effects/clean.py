@@ -136,7 +136,7 @@ def clean_run(
 
         def see(x: Tensor) -> None:
             parts = x.reshape(batch, length, split.n_heads, split.width)
-            heads_at_last[number] = parts[:, -1].to(readout.dtype)
+            heads_at_last[number] = parts[:, -1].to(loaded.device, readout.dtype)
             if number in wanted:
                 head_inputs[number] = kept(parts)
 
@@ -147,7 +147,7 @@ def clean_run(
         assert norm is not None
 
         def see(x: Tensor) -> None:
-            scales[number] = norm.sigma(x.reshape(batch, length, -1)[:, -1].to(readout.dtype))
+            scales[number] = norm.sigma(x.reshape(batch, length, -1)[:, -1].to(norm.gain))
 
         return see
 

@@ -66,7 +66,7 @@ class HeadRows:
                 raise HookSilentError(f"the heads of layer {number} were observed twice in one pass")
             parts = last_of(x).unflatten(-1, (split.n_heads, split.width))  # (row, head, width)
             readout = join([block.per_row(block.run.head_readout[number]) for block in self._blocks])
-            self._effects[number] = torch.linalg.vecdot(parts.to(readout.dtype), readout)
+            self._effects[number] = torch.linalg.vecdot(parts.to(readout), readout)
 
         return see
 
@@ -75,7 +75,7 @@ class HeadRows:
         assert norm is not None
 
         def see(x: Tensor) -> None:
-            self._scales[number] = norm.sigma(last_of(x).to(norm.gain.dtype))
+            self._scales[number] = norm.sigma(last_of(x).to(norm.gain))
 
         return see
 

@@ -55,7 +55,7 @@ def heads_add_up(loaded: LoadedModel) -> bool:
 def _find_post_norm(loaded: LoadedModel, number: int) -> FinalNorm | None:
     tail = loaded.heads(number).tail
     modules = [loaded.layers[number].get_submodule(path) for path in tail]
-    if all(_is_affine(module, loaded.adapter.d_model, loaded.device) for module in modules):
+    if all(_is_affine(module, loaded.adapter.d_model, loaded.device_of(number)) for module in modules):
         return None
     if len(modules) == 1:
         try:
@@ -89,10 +89,11 @@ def pull_back(
     The products are made in the precision of v, once per prompt and layer.
     """
     split, norm = loaded.heads(number), post_norm(loaded, number)
-    v = v * loaded.layer(number).multiplier
+    readout_device, device = v.device, loaded.device_of(number)
+    v = v.to(device) * loaded.layer(number).multiplier
     paths = [split.projection, *split.tail]
     if norm is not None:
-        v = v * norm.gain.to(v.dtype)
+        v = v * norm.gain.to(v)
         if norm.centred:  # centring is self-adjoint
             v = v - v.mean(-1, keepdim=True)
         paths = paths[:1]
@@ -101,9 +102,9 @@ def pull_back(
         modules = [copy.deepcopy(module).to(v.dtype) for module in modules]
     width = split.n_heads * split.width
     with torch.enable_grad():
-        x = torch.zeros(1, v[..., 0].numel(), width, dtype=v.dtype, device=v.device, requires_grad=True)
+        x = torch.zeros(1, v[..., 0].numel(), width, dtype=v.dtype, device=device, requires_grad=True)
         y = x
         for module in modules:
             y = module.forward(y)
         (g,) = torch.autograd.grad(y, x, v.reshape(y.shape))
-    return g.reshape(*v.shape[:-1], split.n_heads, split.width)
+    return g.reshape(*v.shape[:-1], split.n_heads, split.width).to(readout_device)

@@ -110,7 +110,7 @@ class Plan:
         return experiments
 
     def _figure_names(self, experiment: Experiment) -> list[str]:
-        heads = HEADS in experiment.components
+        heads = grid.reads_heads(experiment)
         return figure_names(len(experiment.datasets), grid.ablations(experiment), heads=heads)
 
     # ---- input files -------------------------------------------------------------------------------------

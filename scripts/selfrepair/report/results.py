@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from selfrepair.analysis.verdicts import NOT_REPAIRABLE
+from selfrepair.planning.sites import COMPONENTS, HEAD
 from selfrepair.report.figures.frames import (
     SITE,
     default_ablation,
@@ -27,7 +28,8 @@ class Results:
         pl.DataFrame
     )  # summary/verdicts.parquet joined with mean `drop` and `delta_unembed`, with bounds
     layers: pl.DataFrame  # summary/layers.parquet, all prompts
-    downstream: pl.DataFrame  # summary/downstream.parquet
+    downstream: pl.DataFrame  # summary/downstream.parquet: later attentions and MLPs
+    later_heads: pl.DataFrame  # the same of later query heads; empty unless heads are ablated
     numerics: pl.DataFrame
     comparison: pl.DataFrame  # summary/ablations.parquet
     audit: pl.DataFrame  # summary/audit.parquet
@@ -68,7 +70,7 @@ class Results:
         return [row for row in self.defaults(source) if row[f"class{suffix}"] not in NOT_REPAIRABLE]
 
     def strongest(self, row: Row) -> Row | None:
-        """The strongest repairer of an ablated contribution; None if its interval includes 0."""
+        """The later attention or MLP that repairs an ablated contribution most; None if its interval includes 0."""
         same = [pl.col(key).eq_missing(row[key]) for key in SITE]
         chosen = self.downstream.filter(pl.all_horizontal(same) & pl.col("strongest"))
         best = chosen.row(0, named=True) if chosen.height else None
@@ -80,11 +82,13 @@ def read(inputs: Mapping[str, Any]) -> Results:
     clean = pl.concat([table(path) for path in inputs["clean"]])
     layers = without_control(table(inputs["layers"])).filter(pl.col("subset") == "all")
     verdicts = without_control(table(inputs["verdicts"]))
+    downstream = without_control(table(inputs["downstream"]))
     sources = tuple(clean["source"].unique(maintain_order=True))
     return Results(
         verdicts=with_drop(verdicts, layers),
         layers=layers,
-        downstream=without_control(table(inputs["downstream"])),
+        downstream=downstream.filter(pl.col("downstream_component").is_in(COMPONENTS)),
+        later_heads=downstream.filter(pl.col("downstream_component") == HEAD),
         numerics=table(inputs["numerics"]),
         comparison=without_control(table(inputs["ablations"])),
         audit=without_control(table(inputs["audit"])),

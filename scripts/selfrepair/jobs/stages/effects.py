@@ -192,7 +192,9 @@ def table_columns(
     }
 
 
-def later_heads_columns(params: Mapping[str, Any], sites: Sequence[Site], later: LaterHeads) -> dict[str, Any]:
+def later_heads_columns(
+    params: Mapping[str, Any], sites: Sequence[Site], later: LaterHeads
+) -> dict[str, Any]:
     """Return every column of `downstream_heads`, ready to be written."""
     pairs = [(site, *head) for site in sites for head in later.heads[site]]
     statistics = {

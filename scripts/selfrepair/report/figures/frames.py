@@ -39,7 +39,8 @@ class Frames:
         pl.DataFrame
     )  # the same of single heads, with the columns that `with_drop` adds; empty without heads
     layers: pl.DataFrame  # summary/layers.parquet without the control
-    downstream: pl.DataFrame  # summary/downstream.parquet without the control
+    downstream: pl.DataFrame  # summary/downstream.parquet of whole contributions, without the control
+    later_heads: pl.DataFrame  # the same: ablated heads and later heads; empty without heads
     clean: pl.DataFrame  # one row per source prompt, all sources, with its `text`
     prompts: pl.DataFrame  # CELL x prompt: mean over draws of EFFECT_COLUMNS, `draws`, `correct`
     size: pl.DataFrame  # CELL: rms and largest |delta_ablate| over prompts and draws, the control included
@@ -92,12 +93,15 @@ def read(paths: Inputs) -> Frames:
     sources = tuple(clean["source"].unique(maintain_order=True))
     ablations = prompts["ablation"].unique(maintain_order=True).to_list()
     components = set(prompts["component"])
-    verdicts, layers = (without_control(table(path)) for path in (paths.verdicts, paths.layers))
+    verdicts, layers, downstream = (
+        without_control(table(path)) for path in (paths.verdicts, paths.layers, paths.downstream)
+    )
     return Frames(
         verdicts=_whole(verdicts),
         heads=with_drop(verdicts.filter(pl.col("head").is_not_null()), layers),
         layers=_whole(layers),
-        downstream=_whole(table(paths.downstream)).filter(pl.col("downstream_component").is_in(COMPONENTS)),
+        downstream=_whole(downstream).filter(pl.col("downstream_component").is_in(COMPONENTS)),
+        later_heads=downstream.filter(pl.col("head").is_not_null() & pl.col("downstream_head").is_not_null()),
         clean=clean,
         prompts=prompts,
         size=size,
