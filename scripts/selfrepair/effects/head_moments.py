@@ -119,7 +119,7 @@ class HeadMoments:
         if self._open:
             raise ValueError(f"{len(self._open)} prompts lack draws")
         draws, prompts = self.design.n_draws, self.design.n_prompts
-        found: dict[str, np.ndarray] = {}
+        columns: dict[str, np.ndarray] = {}
         for number, value in enumerate(VALUES):
             sums, squares, by_prompt = (
                 total[number, site].cpu().double().numpy()
@@ -131,14 +131,14 @@ class HeadMoments:
                 means = self._groups[number, site].cpu().double().numpy() / self._sizes[:, None]
                 across = self._sizes @ np.square(means - mean)
             within = squares - by_prompt / draws if draws > 1 else np.zeros_like(mean)
-            found |= {
+            columns |= {
                 f"{value}_mean": mean,
                 f"{value}_between": np.maximum(by_prompt / draws**2 - prompts * mean**2, 0.0),
                 f"{value}_within": np.maximum(within, 0.0),
                 f"{value}_across": across,
             }
         rows = prompts * draws
-        found |= {name: total[site].cpu().double().numpy() / rows for name, total in self._kinds.items()}
-        found["propagated"] = found["aligned_mean"] - found["attenuated"] - found["woken"]
-        found["agreement"] = self._best[site].cpu().double().numpy() / prompts
-        return found
+        columns |= {name: total[site].cpu().double().numpy() / rows for name, total in self._kinds.items()}
+        columns["propagated"] = columns["aligned_mean"] - columns["attenuated"] - columns["woken"]
+        columns["agreement"] = self._best[site].cpu().double().numpy() / prompts
+        return columns

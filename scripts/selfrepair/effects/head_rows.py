@@ -34,7 +34,7 @@ class HeadChanges:
     clean: Tensor  # (row, head) in the clean run
     change: Tensor  # (row, head) ablated minus clean
 
-    def of(self, rows: slice) -> "HeadChanges":
+    def select(self, rows: slice) -> "HeadChanges":
         """Return the changes of some rows."""
         return HeadChanges(self.clean[rows], self.change[rows])
 

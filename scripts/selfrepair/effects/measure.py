@@ -155,7 +155,12 @@ def _add(later_heads: LaterHeads, group: list[_Rectangle], effects: Effects, cha
         rows = slice(first, first + len(part.prompts) * len(part.sites) * len(part.draws))
         first = rows.stop
         later_heads.add(
-            changes.of(rows), effects.direct_effect[rows], part.batch, part.prompts, part.sites, part.draws
+            changes.select(rows),
+            effects.direct_effect[rows],
+            part.batch,
+            part.prompts,
+            part.sites,
+            part.draws,
         )
 
 

@@ -63,7 +63,7 @@ def _find_post_norm(loaded: LoadedModel, number: int) -> FinalNorm | None:
         except NotANormError:
             pass
     raise InputError(
-        f"the direct effects of its heads cannot be told apart: layer {number} changes the output of the "
+        f"the direct effects of its heads cannot be separated: layer {number} changes the output of the "
         f"attention's projection by {', '.join(tail)}, which is neither linear nor one norm",
         where=loaded.spec.path if loaded.spec else type(loaded.model).__name__,
         remedy="use `components: [attn, mlp]` for this model.",

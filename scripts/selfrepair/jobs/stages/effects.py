@@ -91,7 +91,9 @@ def run(job: Job, session: Session) -> None:
     if later is not None:
         pairs, adds_up = later_heads_columns(params, sites, later), {"heads_add_up": heads_add_up(loaded)}
         tables.write(job.output["downstream_heads"], pairs, DOWNSTREAM_HEADS, metadata | adds_up)
-    tables.write(job.output["cell"], columns, EFFECTS, metadata)  # last: whoever sees it sees the whole cell
+    tables.write(
+        job.output["cell"], columns, EFFECTS, metadata
+    )  # last: if it exists, all files of the cell do
     log.info("%d rows, %.3f s in the engine (path %s)", len(measured["prompt"]), seconds, choice.path)
 
 
