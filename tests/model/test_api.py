@@ -141,6 +141,23 @@ def test_the_clean_run_sums_to_the_logit(model) -> None:
     assert parts == pytest.approx(row["clean_logit"], abs=1e-5)  # Gemma 2 has no constant biases
 
 
+def test_outcomes_are_those_of_the_distributions(model) -> None:
+    prompts = [Prompt(0, tuple(PROMPTS[0]), answer=9, foil=4), Prompt(1, tuple(PROMPTS[1]), answer=8, foil=3)]
+    outcomes = ["kl", "logprob", "foil", "top1"]
+    frame = selfrepair.measure(model, prompts, layer=1, target="answer", outcomes=outcomes)
+    for row, prompt in zip(frame.to_dicts(), prompts, strict=True):
+        zero = (Site(1, "attn"), torch.zeros(1, model.d_model, dtype=torch.float64))
+        before, after = (forward(model, prompt.input_ids, replace) for replace in (None, zero))
+        p, q = ((30.0 * torch.tanh(run.logits / 30.0)).log_softmax(-1) for run in (before, after))
+        assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-5)
+        assert row["logprob_change"] == pytest.approx(float((q - p)[prompt.answer]), abs=1e-5)
+        assert row["top1_changed"] == bool(p.argmax() != q.argmax())
+        change = after.logits - before.logits
+        assert row["foil_logit_change"] == pytest.approx(
+            float(change[prompt.answer] - change[prompt.foil]), abs=2e-5
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -156,6 +173,8 @@ def test_the_clean_run_sums_to_the_logit(model) -> None:
         ({"layer": 1, "ablation": "noise", "draws": 0}, "`draws` is 0"),
         ({"layer": 1, "positions": "first"}, "unknown value 'first'"),
         ({"layer": 1, "target": "answer"}, "prompt 0 has no answer"),
+        ({"layer": 1, "outcomes": ["foil"]}, "prompt 0 has no foil"),
+        ({"layer": 1, "outcomes": ["kls"]}, "no outcome 'kls'.*\n.*kl"),
     ],
 )
 def test_unusable_arguments_are_refused(model, arguments, message) -> None:

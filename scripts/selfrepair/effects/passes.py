@@ -58,10 +58,10 @@ def earlier_layers_skipped(loaded: LoadedModel, start: int, hidden: Tensor) -> I
 
         return forward
 
-    hidden = hidden.to(loaded.device_of(start))
+    entered = min(start, loaded.n_layers - 1)
+    hidden = hidden.to(loaded.device_of(entered))
     replaced = [(loaded.layers[number], identity(number)) for number in range(start)]
-    entered = loaded.layers[min(start, loaded.n_layers - 1)]
-    with hooks.forward_replaced(replaced), hooks.on_input([(entered, lambda _x: hidden)]):
+    with hooks.forward_replaced(replaced), hooks.on_input([(loaded.layers[entered], lambda _x: hidden)]):
         yield
 
 

@@ -37,6 +37,7 @@ from selfrepair.tools.api_inputs import (
     Measured,
     Model,
     draws_of,
+    outcomes_of,
     site_of,
     stored_prompts,
     tokenize,
@@ -110,6 +111,7 @@ def measure(
     draws: int = 1,
     positions: str = "last",
     target: str = "argmax",
+    outcomes: Sequence[str] = (),
     seed: int = 0,
     source: str = "prompts",
     experiment: str = "python",
@@ -121,14 +123,14 @@ def measure(
     holds the prompts that replacement values come from: a list, which belongs to `source`, or one list per data set
     by name; they must not be among `prompts`. `replace` is short for `replace-` and the name of `source`. `draws`
     rows are measured per prompt where the ablation is random. `positions` is last or all; with all, prompts and store
-    have one length. `target` is argmax (the clean prediction) or answer (see `tokenize`). Effects are in logits,
-    ablated minus clean, at the last position; layers upstream of the site are not computed again. Raises InputError
-    for unusable arguments.
+    have one length. `target` is argmax (the clean prediction) or answer (see `tokenize`). `outcomes` are of logprob,
+    kl, top1 and foil; columns of others are null. Effects are in logits, ablated minus clean, at the last position;
+    layers upstream of the site are not computed again. Raises InputError for unusable arguments.
     """
     ablation = f"{REPLACE}-{source}" if ablation == REPLACE else ablation
     site = site_of(model, layer, component, head)
     measured = Measured.from_prompts(model, prompts, positions, target, heads=head is not None)
-    n_draws = draws_of(ablation, draws)
+    n_draws, asked = draws_of(ablation, draws), outcomes_of(outcomes, measured.prompts)
     stores = stored_prompts(model, measured, store, ablation, source)
     key = Key(seed, source, ablation)
     inputs = ablations.Inputs(key, model.loaded, positions, n_draws, measured.rows)
@@ -142,7 +144,7 @@ def measure(
         moments = sum(others, first)
         inputs.mean, inputs.std = {site: moments.mean.float()}, {site: moments.std.float()}
     values = ablations.create(ablation, inputs)
-    settings = cell.Settings((site,), n_draws, positions, measured.path, measured.rows)
+    settings = cell.Settings((site,), n_draws, positions, measured.path, measured.rows, asked)
     columns = cell_stage.in_order(cell.measure(model.loaded, measured.runs, values, settings), measured.rank)
     cell_stage.require_finite(columns, model.name)
     facts = {

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from selfrepair.effects.outcomes import Asked
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.errors import InputError
 from selfrepair.jobs.session import Session
@@ -15,6 +16,7 @@ from selfrepair.jobs.stages import activations as clean_stage
 from selfrepair.models import adapter
 from selfrepair.models.loading import LoadedModel
 from selfrepair.planning.ablations import ABLATIONS, REPLACE, STD, activations_dataset, kind
+from selfrepair.planning.outcomes import FOIL, OUTCOMES
 from selfrepair.planning.sites import COMPONENTS, Site
 from selfrepair.planning.spelling import did_you_mean
 from selfrepair.prompts import tokenization
@@ -49,14 +51,15 @@ def tokenize(
     prompts: Sequence[AnyPrompt],
     *,
     answers: Sequence[str] | None = None,
+    foils: Sequence[str] | None = None,
     length: int | None = None,
 ) -> list[Prompt]:
     """Return the prompts with their token ids, numbered from 0 (`Prompt` objects keep their numbers).
 
-    Texts get the special tokens that the tokenizer adds by default. `answers` are the true continuations, one per
-    prompt: they fill the column `correct`, and `target="answer"` measures them. `length` cuts every prompt to its
-    first tokens. Raises InputError for an empty, too short or too long prompt, a token id outside of the vocabulary,
-    and a text without a tokenizer.
+    Texts get the special tokens that the tokenizer adds by default. `answers` are the true continuations of texts, one
+    per prompt: they fill the column `correct`, and `target="answer"` measures them. `foils` are wrong continuations,
+    for the outcome `foil`. `length` cuts every prompt to its first tokens. Raises InputError for an empty, too short or
+    too long prompt, a token id outside of the vocabulary, and a text without a tokenizer.
     """
     if isinstance(prompts, str):
         raise InputError(
@@ -64,14 +67,19 @@ def tokenize(
             where="prompts",
             remedy='give a list of prompts, such as ["The capital of France is"].',
         )
-    if answers is not None and len(answers) != len(prompts):
-        raise InputError(
-            f"{len(answers)} answers for {len(prompts)} prompts",
-            where="answers",
-            remedy="give one per prompt.",
-        )
+    for name, texts in (("answers", answers), ("foils", foils)):
+        if texts is not None and len(texts) != len(prompts):
+            what = f"{len(texts)} {name} for {len(prompts)} prompts"
+            raise InputError(what, where=name, remedy="give one per prompt.")
     tokenized = [
-        _tokenized(model, number, prompt, None if answers is None else answers[number], length)
+        _tokenized(
+            model,
+            number,
+            prompt,
+            None if answers is None else answers[number],
+            None if foils is None else foils[number],
+            length,
+        )
         for number, prompt in enumerate(prompts)
     ]
     _require_usable(model, tokenized)
@@ -196,6 +204,21 @@ def site_of(model: Model, layer: int, component: str, head: int | None) -> Site:
     return sites[head]
 
 
+def outcomes_of(names: Sequence[str], prompts: Sequence[Prompt]) -> Asked:
+    """Return the outcomes to compute. Raises InputError for an unknown one, and for `foil` if a prompt has none."""
+    for name in names:
+        if name not in OUTCOMES:
+            remedy = did_you_mean(name, list(OUTCOMES), "The outcomes are")
+            raise InputError(f"there is no outcome '{name}'", where="measure", remedy=remedy)
+    foils = {prompt.id: prompt.foil for prompt in prompts if prompt.foil is not None}
+    if FOIL in names and len(foils) < len(prompts):
+        missing = next(prompt.id for prompt in prompts if prompt.foil is None)
+        raise InputError(
+            f"prompt {missing} has no foil", where="prompts", remedy="give `foils` to `tokenize`."
+        )
+    return Asked(tuple(names), foils)
+
+
 def draws_of(ablation: str, draws: int) -> int:
     """Return the rows per prompt. Raises InputError for an unknown ablation or no draws."""
     known = [*ABLATIONS, f"{REPLACE}-DATASET"]
@@ -209,31 +232,36 @@ def draws_of(ablation: str, draws: int) -> int:
 
 
 def _tokenized(
-    model: Model, number: int, prompt: AnyPrompt, answer: str | None, length: int | None
+    model: Model, number: int, prompt: AnyPrompt, answer: str | None, foil: str | None, length: int | None
 ) -> Prompt:
     if isinstance(prompt, Prompt):
-        ids, first, number = prompt.input_ids, prompt.answer, prompt.id
+        tokenized = prompt
+    elif isinstance(prompt, str):
+        tokenized = Prompt(number, tokenization.encode(_tokenizer(model), prompt))
     else:
-        first = None
-        if isinstance(prompt, str):
-            ids = tokenization.encode(_tokenizer(model), prompt)
-        else:
-            ids = tuple(int(token) for token in prompt)
+        tokenized = Prompt(number, tuple(int(token) for token in prompt))
+    ids = tokenized.input_ids
+    cut = length is not None and len(ids) > length
     if answer is not None:
-        if not isinstance(prompt, str):
-            what = f"prompt {number} is no text, so its answer cannot be tokenized"
-            raise InputError(what, where="answers", remedy="give texts, or `Prompt` objects with `answer`.")
-        tokenizer = _tokenizer(model)
-        answer_ids, _ = tokenization.answer_ids(tokenizer, prompt, answer, tokenization.specials(tokenizer))
-        first = answer_ids[0] if answer_ids else None
-    if length is not None:
-        if len(ids) < length:
-            what = f"prompt {number} has {len(ids)} tokens, fewer than {length}"
-            raise InputError(what, where="prompts", remedy="lower `length`, or leave the prompt out.")
-        first = first if len(ids) == length else None  # the rest of the text follows the window
-        ids = ids[:length]
-    target = prompt.target if isinstance(prompt, Prompt) else None
-    return Prompt(number, ids, target, first)
+        tokenized = dataclasses.replace(tokenized, answer=_continuation(model, prompt, answer, "answers"))
+    if foil is not None:
+        tokenized = dataclasses.replace(tokenized, foil=_continuation(model, prompt, foil, "foils"))
+    if length is not None and len(ids) < length:
+        what = f"prompt {number} has {len(ids)} tokens, fewer than {length}"
+        raise InputError(what, where="prompts", remedy="lower `length`, or leave the prompt out.")
+    if cut:  # the rest of the text follows the window, not the answer
+        tokenized = dataclasses.replace(tokenized, input_ids=ids[:length], answer=None, foil=None)
+    return tokenized
+
+
+def _continuation(model: Model, prompt: AnyPrompt, text: str, where: str) -> int | None:
+    """Return the first token of a text that follows the prompt."""
+    if not isinstance(prompt, str):
+        what = "a prompt is no text, so its continuation cannot be tokenized"
+        raise InputError(what, where=where, remedy="give texts, or `Prompt` objects with tokens.")
+    tokenizer = _tokenizer(model)
+    ids, _ = tokenization.answer_ids(tokenizer, prompt, text, tokenization.specials(tokenizer))
+    return ids[0] if ids else None
 
 
 def _tokenizer(model: Model) -> Any:
