@@ -26,6 +26,7 @@ def test_measured_exactly_or_refused(name):
         assert outcome.closure < 1e-5
         assert outcome.error < 1e-5
         assert outcome.ledger < 1e-5
+        assert outcome.no_heads or outcome.head_error < 1e-5
     else:
         assert len(outcome.reason) > 20
 
@@ -40,6 +41,10 @@ def test_heads_are_found_in_at_least_forty_types():
     outcomes = [architectures.examine(name) for name in architectures.cases()]
     with_heads = {o.model_type for o in outcomes if o.status == "measured" and not o.no_heads}
     assert len(with_heads) >= 40, sorted(with_heads)
+    worst = max(
+        (o for o in outcomes if o.model_type in with_heads and not o.no_heads), key=lambda o: o.head_error
+    )
+    assert worst.head_error < 1e-5, (worst.name, worst.head_error)
     assert all(len(o.no_heads) > 20 for o in outcomes if o.heads == "no")
 
 

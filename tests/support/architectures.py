@@ -25,6 +25,7 @@ from selfrepair.effects import reference
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, names
 from selfrepair.effects.engine import ablate
+from selfrepair.effects.heads import contributions_with_parts, heads_unembed
 from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.selftest import Choice, choose
 from selfrepair.errors import InputError
@@ -186,6 +187,7 @@ class Outcome:
     paths: dict[str, str] = field(default_factory=dict)  # positions -> engine path
     error: float = float("nan")  # largest difference of any effect column from the reference, logits
     ledger: float = float("nan")
+    head_error: float = float("nan")  # the same for single heads
 
     def line(self) -> tuple[str, ...]:
         """What must not change from run to run."""
@@ -222,6 +224,10 @@ def examine(name: str) -> Outcome:
             outcome.reason = f"no forward pass: {type(reason).__name__}: {reason}"
             return outcome
         own = [disagreement(loaded, positions, choice.path) for positions, choice in found.items()]
+        if loaded.adapter.no_heads is None:
+            outcome.head_error = max(
+                head_disagreement(loaded, positions, choice.path) for positions, choice in found.items()
+            )
     described = loaded.adapter.describe()
     outcome.status = "measured"
     outcome.contributions = _contributions(described["layers"])
@@ -272,6 +278,38 @@ def disagreement(loaded: LoadedModel, positions: str, path: str) -> tuple[float,
             worst = max(worst, float((getattr(found, column) - wanted).abs().max()))
         assert float(found.delta_ablate.abs().min()) > 1e-6, "an ablation that changes nothing tests nothing"
     return worst, ledger
+
+
+def head_disagreement(loaded: LoadedModel, positions: str, path: str) -> float:
+    """Largest difference of any effect column of single heads from the reference, in logits.
+
+    First and last head of layer 1, replaced by zero and by another prompt's part, as a cell ablates them.
+    """
+    generator = torch.Generator().manual_seed(5)
+    ids, other = torch.randint(3, 200, (2, 1, 11), generator=generator)
+    run = clean_run(loaded, [0], ids, positions=positions, prefix=path == "rows", heads=True)
+    layer, before = 1, reference.forward(loaded, ids[0])
+    target = int(run.direction.target[0])
+    heads = loaded.head_sites(layer)
+    sites = [heads[0], heads[-1]]
+    kept = ids.shape[1] if positions == "all" else 1
+    stored = reference.forward(loaded, other[0])
+    parts = [stored.ablatable(site)[-kept:] for site in sites]
+    values = [torch.stack([torch.zeros_like(part), part]) for part in parts]  # (draw, P, width) each
+    prompts = slice(0, 1)
+    value = contributions_with_parts(loaded, run, prompts, sites, [x[None] for x in values]).flatten(1, 2)
+    unembed = heads_unembed(loaded, run, prompts, sites).repeat_interleave(2, 1)
+    found = ablate(loaded, [RowBlock(run, prompts, value, unembed)], sites[0], positions, path)
+    expected = [
+        reference.effects(loaded, ids[0], site, x, target, before)
+        for site, both in zip(sites, values, strict=True)
+        for x in both
+    ]
+    assert float(found.delta_ablate.abs().min()) > 1e-6, "an ablation that changes nothing tests nothing"
+    return max(
+        float((getattr(found, column) - torch.stack([getattr(row, column) for row in expected])).abs().max())
+        for column in names(EFFECT, LOGIT, DIAGNOSTIC)
+    )
 
 
 def _heads(loaded: LoadedModel) -> str:
