@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from selfrepair.effects import clean, measure, runs
+from selfrepair.effects import clean, measure, outcomes, runs
 from selfrepair.effects.ablations import Replace, Zero
 from selfrepair.effects.clean import clean_run, join
 from selfrepair.effects.draws import Key
@@ -16,6 +16,7 @@ from selfrepair.jobs import session
 from selfrepair.jobs.session import Session, bytes_per_row
 from selfrepair.models import memory
 from selfrepair.models.loading import wrap
+from selfrepair.planning.outcomes import COPIES, DISTRIBUTION
 from selfrepair.planning.sites import contributions
 from selfrepair.prompts.prompt import Prompt
 
@@ -230,21 +231,40 @@ def test_rows_do_not_change_while_a_session_fills_its_memory(loaded, monkeypatch
     assert warm.rows(loaded, prompts(3, "all"), {}) == before
 
 
+@pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize(("positions", "path"), [("last", "rows"), ("all", "trimmed")])
-def test_the_estimate_of_a_row_covers_what_a_pass_allocates(positions, path):
+def test_the_estimate_of_a_row_covers_what_a_pass_allocates(positions, path, heads):
     """Largest sum of live tensors in one pass, measured, against the estimate: neither below nor far above."""
     model = tiny_models.build(
         "llama", dtype=torch.float32, hidden_size=256, intermediate_size=1024, head_dim=64
     )
     big = wrap(model)
     length, n_draws = 6, 64
-    found = CleanRuns(big, prompts(8, "all"), positions, path == "rows", 10**6, 1 << 40)
+    found = CleanRuns(big, prompts(8, "all"), positions, path == "rows", 10**6, 1 << 40, heads)
     found.run(0, 2)
-    tokens = 8 * n_draws * (1 if path == "rows" else length)
-    zeros(big, found, positions, path)  # what is made once per model
+    sites = big.head_sites(2) if heads else None
+    tokens = 8 * n_draws * (1 if path == "rows" else length) * (len(sites) if heads else 1)
+    zeros(big, found, positions, path, sites=sites)  # what is made once per model
     with Allocations() as seen:
-        zeros(big, found, positions, path, n_draws)
+        zeros(big, found, positions, path, n_draws, sites)
     assert 0.4 < seen.peak / (tokens * bytes_per_row(big, length)) < 1.0
+
+
+def test_distributions_take_the_memory_that_the_estimate_states(monkeypatch):
+    """With a soft-cap, an output scale and draws that share a clean distribution."""
+    settings = {"head_dim": 16, "query_pre_attn_scalar": 16, "vocab_size": 20_000}
+    large = wrap(tiny_models.build("gemma2", torch.float32, num_hidden_layers=1, **settings))
+    generator = torch.Generator().manual_seed(0)
+    clean_final, final = torch.randn(4, 64, generator=generator), torch.randn(40, 64, generator=generator)
+    reading = torch.arange(4).repeat_interleave(10)
+    monkeypatch.setattr(outcomes, "CHUNK_BYTES", 12 * COPIES * 20_000 * 4)
+    assert outcomes.rows_per_chunk(20_000, 4) == 12
+    with Allocations() as seen:
+        columns = outcomes.distribution_changes(
+            large.readout, clean_final, reading, final, reading, DISTRIBUTION
+        )
+    assert {len(column) for column in columns.values()} == {40}
+    assert 0.4 < seen.peak / outcomes.CHUNK_BYTES < 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -264,9 +284,10 @@ def test_no_weight_is_copied_once_per_prompt(dtype):
     assert seen.peak < 64 * 6 * bytes_per_row(big, 6)
 
 
-def zeros(loaded, found, positions, path, n_draws=1):
+def zeros(loaded, found, positions, path, n_draws=1, sites=None):
     """One cell in one pass."""
-    settings = measure.Settings(tuple(contributions(range(2, 3))), n_draws, positions, path, 10**6)
+    sites = tuple(contributions(range(2, 3)) if sites is None else sites)
+    settings = measure.Settings(sites, n_draws, positions, path, 10**6)
     with torch.no_grad():
         measure.measure(loaded, found, Zero(), settings)
 

@@ -283,27 +283,24 @@ def disagreement(loaded: LoadedModel, positions: str, path: str) -> tuple[float,
 def head_disagreement(loaded: LoadedModel, positions: str, path: str) -> float:
     """Largest difference of any effect column of single heads from the reference, in logits.
 
-    First and last head of layer 1, replaced by zero and by another prompt's part, as a cell ablates them.
+    The first head of layer 1 is replaced by zero, the last one by another prompt's part, in one pass as in a cell.
     """
     generator = torch.Generator().manual_seed(5)
     ids, other = torch.randint(3, 200, (2, 1, 11), generator=generator)
     run = clean_run(loaded, [0], ids, positions=positions, prefix=path == "rows", heads=True)
     layer, before = 1, reference.forward(loaded, ids[0])
     target = int(run.direction.target[0])
-    heads = loaded.head_sites(layer)
-    sites = [heads[0], heads[-1]]
+    sites = [loaded.head_sites(layer)[number] for number in (0, -1)]
     kept = ids.shape[1] if positions == "all" else 1
-    stored = reference.forward(loaded, other[0])
-    parts = [stored.ablatable(site)[-kept:] for site in sites]
-    values = [torch.stack([torch.zeros_like(part), part]) for part in parts]  # (draw, P, width) each
+    part = reference.forward(loaded, other[0]).ablatable(sites[1])[-kept:]
+    parts = [torch.zeros_like(part), part]  # (P, width) each
     prompts = slice(0, 1)
-    value = contributions_with_parts(loaded, run, prompts, sites, [x[None] for x in values]).flatten(1, 2)
-    unembed = heads_unembed(loaded, run, prompts, sites).repeat_interleave(2, 1)
-    found = ablate(loaded, [RowBlock(run, prompts, value, unembed)], sites[0], positions, path)
+    value = contributions_with_parts(loaded, run, prompts, sites, [x[None, None] for x in parts])
+    unembed = heads_unembed(loaded, run, prompts, sites)
+    found = ablate(loaded, [RowBlock(run, prompts, value.flatten(1, 2), unembed)], sites[0], positions, path)
     expected = [
         reference.effects(loaded, ids[0], site, x, target, before)
-        for site, both in zip(sites, values, strict=True)
-        for x in both
+        for site, x in zip(sites, parts, strict=True)
     ]
     assert float(found.delta_ablate.abs().min()) > 1e-6, "an ablation that changes nothing tests nothing"
     return max(

@@ -117,6 +117,32 @@ def test_later_heads_cost_what_their_pairs_and_sums_take(root: Path) -> None:
     assert found.memory - without.memory == sums
 
 
+def test_distributions_cost_one_product_per_run_and_one_per_prompt(root: Path) -> None:
+    raw = projects.raw()
+    raw["experiments"]["grid"] |= {
+        "samples": 5,
+        "draws": 3,
+        "ablations": ["zero", "replace-facts"],
+        "layers": [2, 7],
+        "components": ["mlp", "heads"],
+        "outcomes": ["foil"],
+    }
+    raw["datasets"]["facts"]["foil"] = raw["datasets"]["python"]["foil"] = "text"
+    lengths = {"facts": 10.0, "python": 20.0}
+
+    def found() -> costs.Costs:
+        config = projects.load(root, raw)
+        return costs.costs(config.experiments["grid"], config.models["demo"], lengths)
+
+    without = found()
+    assert "outcomes" not in without.operations  # a foil is one more direction
+    raw["experiments"]["grid"]["outcomes"] = ["kl"]
+    runs = (1 + 3 + 1) + 3  # zero, replace-facts and self; for each of them the clean run
+    readings = 2 * 5 * runs * 2 * (1 + 4)
+    assert found().operations["outcomes"] == readings * 2 * 16 * 100
+    assert found().memory - without.memory == 1 << 28
+
+
 def test_a_failed_job_is_given_more(root: Path) -> None:
     config = projects.load(root)
     model, experiment = config.models["demo"], config.experiments["grid"]

@@ -14,12 +14,7 @@ from torch.nn import functional
 
 from selfrepair.effects.rows import Rows
 from selfrepair.models.readout import Readout
-from selfrepair.planning.outcomes import DISTRIBUTION, FOIL, OUTCOMES
-
-CHUNK_BYTES = 1 << 28  # largest memory of one chunk of rows
-# Vocabulary-sized tensors of a row that exist at once: two of logits, their parts while they are joined and scaled,
-# two of log probabilities, and two products of the divergence.
-COPIES = 8
+from selfrepair.planning.outcomes import CHUNK_BYTES, COPIES, DISTRIBUTION, FOIL, OUTCOMES
 
 
 @dataclass(frozen=True)

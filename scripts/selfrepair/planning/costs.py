@@ -10,6 +10,7 @@ from selfrepair.planning import grid
 from selfrepair.planning.ablations import REPLACE
 from selfrepair.planning.config import Experiment, Model
 from selfrepair.planning.modelsize import Size, size_of
+from selfrepair.planning.outcomes import DISTRIBUTION, distribution_bytes
 from selfrepair.planning.sites import HEADS, MLP
 
 _OWN_MLP = 0.65  # part of a layer's parameters that its MLP has: what an attention ablation also runs through
@@ -87,16 +88,34 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         disk["changes of later heads"] = pairs * len(ablations) * _PAIR + n_cells * 9e3
         disk["summary, figures, report"] += pairs * len(ablations) * _PAIR_OF_SUMMARY
         working += later_heads_bytes(experiment, size, layers)
+    operations = {"activations": clean, "effects": cells + noise}
+    if set(experiment.outcomes) & set(DISTRIBUTION):
+        operations["outcomes"] = _distributions(experiment, size, lengths, layers)
+        working += distribution_bytes(size.vocabulary, max(4, size.item))
     return Costs(
         experiment.name,
         model.name,
         n_cells,
         rows,
-        {"activations": clean, "effects": cells + noise},
+        operations,
         disk,
         size.weights + working,
         kept,
     )
+
+
+def _distributions(
+    experiment: Experiment, size: Size, lengths: dict[str, float], layers: Sequence[int]
+) -> float:
+    """Return the operations of the next-token distributions: of every ablated run, and the clean one of its prompt.
+
+    The draws of a prompt share the clean distribution.
+    """
+    sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+    positions = sum(lengths[name] if experiment.read == "every" else 1.0 for name in experiment.datasets)
+    runs = sum(grid.draws(experiment, ablation) + 1 for ablation in grid.ablations(experiment))
+    readings = experiment.samples * positions * runs * sites * len(layers)
+    return readings * 2.0 * size.width * size.vocabulary
 
 
 def _pairs(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:

@@ -64,7 +64,8 @@ def duration(
     return Duration(
         start=WORKER_SECONDS + size.weights / LOADING_RATE,
         sources=len(experiment.datasets) * SOURCE_SECONDS + clean / (rate * shares["all"]),
-        engine=cost.operations["effects"] / (rate * shares[experiment.positions])
+        engine=(cost.operations["effects"] + cost.operations.get("outcomes", 0.0))
+        / (rate * shares[experiment.positions])
         + CALL_SECONDS * layer_calls(experiment, model, lengths),
         around=cost.cells * CELL_SECONDS,
         report=REPORT_SECONDS,

@@ -98,7 +98,10 @@ def report(config: Config, device: str | None, times: bool) -> list[str]:
             f"{_bytes(size.weights)} in {model.dtype}"
         )
         total = sum(cost.operations.values())
-        print(f"  operations      {_flops(total)} (clean runs {_flops(cost.operations['activations'])})")
+        parts = f"clean runs {_flops(cost.operations['activations'])}"
+        if "outcomes" in cost.operations:
+            parts += f", next-token distributions {_flops(cost.operations['outcomes'])}"
+        print(f"  operations      {_flops(total)} ({parts})")
         if times:
             key = size.width, model.dtype, device or model.device
             rate = rates[key] = rates.get(key) or speed(model, key[-1])
