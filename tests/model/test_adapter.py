@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
-from selfrepair.effects import engine, passes, selftest
+from selfrepair.effects import engine, passes, selftest, trimming
 from selfrepair.effects.rows import Rows
 from selfrepair.errors import InputError
 from selfrepair.models import attention, unembedding
@@ -189,7 +189,7 @@ def test_a_path_that_fails_is_not_taken(llama, monkeypatch):
     def fail(*_args):
         raise TypeError("no such keyword")
 
-    monkeypatch.setattr(passes, "_trims", fail)
+    monkeypatch.setattr(trimming, "trims", fail)
     choice = selftest.choose(llama, prompts(12), "all")
     assert choice.path == "replay"
     assert choice.rejected == {"trimmed": "TypeError: no such keyword"}

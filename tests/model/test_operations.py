@@ -9,7 +9,9 @@ import operations
 import pytest
 import tiny_models
 import torch
+from selfrepair.effects import trimming
 from selfrepair.effects.ablations import Replace
+from selfrepair.effects.clean import clean_run
 from selfrepair.effects.draws import Key
 from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.runs import CleanRuns
@@ -170,3 +172,25 @@ def test_heads_of_a_layer_share_passes(loaded, positions, path, tokens, at_once)
     assert found["4.mlp.gate_proj"] == -(-ROWS * HEADS // at_once)
     # One product makes the replacements of a pass, one the heads' own effects.
     assert found["2.mlp.gate_proj"] == found["4.mlp.gate_proj"]
+
+
+def clean(loaded, positions, prefix):
+    """A clean run of all prompts, whose check of the trimmed last layer is done."""
+    ids = torch.randint(3, V, (PROMPTS, T), generator=torch.Generator().manual_seed(0))
+    assert trimming.is_exact(loaded)
+    return lambda: clean_run(loaded, list(range(PROMPTS)), ids, positions=positions, prefix=prefix)
+
+
+LOGITS = 2 * 2 * D * V  # the model's own and the readout's
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_clean_run_for_last_costs_the_last_layer_one_position_after_its_attention(loaded, prefix):
+    layer = T * (QKV + OUT + MLP) + attention(T, T)
+    last = T * QKV + attention(T, T) + OUT + MLP
+    assert operations.count(clean(loaded, "last", prefix)) == PROMPTS * ((L - 1) * layer + last + LOGITS)
+
+
+def test_a_clean_run_for_all_costs_every_position(loaded):
+    layer = T * (QKV + OUT + MLP) + attention(T, T)
+    assert operations.count(clean(loaded, "all", False)) == PROMPTS * (L * layer + LOGITS)

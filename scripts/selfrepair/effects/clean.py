@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from selfrepair.effects import trimming
 from selfrepair.effects.equations import centred
 from selfrepair.models import attention, hooks
 from selfrepair.models.head_readout import post_norm, post_norm_module, pull_back
@@ -101,6 +102,12 @@ def clean_run(
     at_last: dict[Site, Tensor] = {}  # (prompt, d_model), readout precision
     embedding: list[Tensor] = []
 
+    trimmed = positions == "last" and trimming.is_exact(loaded)
+
+    def computed(number: int) -> int:
+        """Return at how many positions the contributions of a layer are computed."""
+        return 1 if trimmed and number == n_layers - 1 else length
+
     def kept(x: Tensor) -> Tensor:
         # Cloned: some models add into the tensors that hooks are given.
         return (x if positions == "all" else x[:, -1:]).clone()
@@ -118,7 +125,7 @@ def clean_run(
         multiplier = loaded.layer(site.layer).multiplier
 
         def see(output: object) -> None:
-            value = hooks.first(output).reshape(batch, length, -1)
+            value = hooks.first(output).reshape(batch, computed(site.layer), -1).expand(batch, length, -1)
             if multiplier != 1.0:
                 value = value * multiplier
             at_last[site] = value[:, -1].to(loaded.device, readout.dtype).clone()
@@ -135,7 +142,8 @@ def clean_run(
         split = loaded.heads(number)
 
         def see(x: Tensor) -> None:
-            parts = x.reshape(batch, length, split.n_heads, split.width)
+            parts = x.reshape(batch, computed(number), split.n_heads, split.width)
+            parts = parts.expand(batch, length, -1, -1)
             heads_at_last[number] = parts[:, -1].to(loaded.device, readout.dtype)
             if number in wanted:
                 head_inputs[number] = kept(parts)
@@ -147,7 +155,7 @@ def clean_run(
         assert norm is not None
 
         def see(x: Tensor) -> None:
-            scales[number] = norm.sigma(x.reshape(batch, length, -1)[:, -1].to(norm.gain))
+            scales[number] = norm.sigma(x.reshape(batch, computed(number), -1)[:, -1].to(norm.gain))
 
         return see
 
@@ -155,7 +163,10 @@ def clean_run(
         residual[n_layers] = hooks.first(output)[:, -1:].clone()
 
     outputs = [(loaded.contribution(site), contributing(site)) for site in contributions(n_layers)]
-    inputs = [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
+    inputs: list[tuple[nn.Module, Callable[[Tensor], Tensor | None]]] = []
+    if trimmed:
+        inputs += trimming.trims(loaded)  # before the hooks that read the same inputs
+    inputs += [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
     if heads:
         inputs += [(loaded.projection(number), projecting(number)) for number in range(n_layers)]
         modules = [(number, post_norm_module(loaded, number)) for number in range(n_layers)]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from selfrepair.effects import trimming
 from selfrepair.effects.rows import HookSilentError, RowBlock, Rows, join
 from selfrepair.models import attention, hooks
 from selfrepair.models.loading import LoadedModel
@@ -231,11 +232,11 @@ def replaying(loaded: LoadedModel, rows: Rows, *, within: bool, trimmed: bool) -
         return changed.reshape(x.shape)
 
     entry = _entry(rows) if within else None
-    trims: list[tuple[nn.Module, Callable[[Tensor], Tensor | None]]] = []
+    cuts: trimming.Trims = []
     reaches_last = entry is not None and entry.start <= rows.until == loaded.n_layers - 1
     if trimmed and entry is not None and reaches_last:
         if not (entry.replaces and entry.start == loaded.n_layers - 1):
-            trims = _trims(loaded)
+            cuts = trimming.trims(loaded)
         elif loaded.adapter.layers[-1].mixer is not None:
             # Only the last position is read, and with its attention replaced the last layer mixes nothing.
             entry = _Entry(entry.start, entry.hidden[:, -1:].contiguous(), replaces=True)
@@ -247,16 +248,6 @@ def replaying(loaded: LoadedModel, rows: Rows, *, within: bool, trimmed: bool) -
         lambda x: x.reshape(n_rows, -1, x.shape[-1])[:, -1],
         inject,
         skip_mixer=within,
-        extra=[hooks.on_input(trims)] if trims else [],
+        extra=[hooks.on_input(cuts)] if cuts else [],
         use_cache=False,
     )
-
-
-def _trims(loaded: LoadedModel) -> list[tuple[nn.Module, Callable[[Tensor], Tensor | None]]]:
-    """Return hooks that cut the inputs of the last layer's output projection and MLP to the last position."""
-
-    def last_position(x: Tensor) -> Tensor:
-        # Contiguous: of a strided view, 16-bit products on a CPU copy the weight once per row.
-        return x[:, -1:].contiguous()
-
-    return [(loaded.layers[-1].get_submodule(path), last_position) for path in loaded.adapter.trim]
