@@ -115,7 +115,7 @@ def measure(directory: Path, dtype: str) -> None:
         ids = torch.randint(3, CONFIG["vocab_size"], (n_prompts, length), generator=generator)
         prompts = [Prompt(number, tuple(row)) for number, row in enumerate(ids.tolist())]
         rows = session.rows(loaded, prompts, {})
-        choice = session.path(loaded, positions, prompts, positions)
+        choice = session.path(loaded, prompts, positions)
         print(f"{dtype} {positions}: path `{choice.path}`, {memory()}", flush=True)
         runs = session.clean_runs(loaded, positions, prompts, positions, choice.path, rows)
         kept = 1 if positions == "last" else length

@@ -73,7 +73,7 @@ def test_every_part_is_the_sum_made_by_hand(config: Config) -> None:
     slow = of(config, 1000.0)
     # A token costs a layer 2 x 500 operations and 16 per token that it attends to: half of its prompt.
     forward = {10.0: 8 * (1000 + 16 * 5), 20.0: 8 * (1000 + 16 * 10)}
-    clean = sum((500 + 3 + 10 + 8) * length * each for length, each in forward.items())
+    clean = sum((500 + 3 + 6 + 8) * length * each for length, each in forward.items())
     assert slow.sources - fixed.sources == pytest.approx(clean / (1000 * 0.71))
     # Ablated rows: 500 x (1 + 10 + 10 + 1); the layers after 5 and 7, and 0.65 of an attention's own layer.
     layers = (2 + 2.65) + (0 + 0.65)

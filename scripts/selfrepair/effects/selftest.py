@@ -1,8 +1,8 @@
 """The choice of the engine's path for a model: the fastest path that agrees with full hooked forward passes.
 
-The check runs at load on the experiment's own prompts, because windows and chunks of attention matter only at real
-lengths. It compares every effect column for an early and a middle layer and both components, and it checks for every
-layer that a run may begin there.
+The check runs at load on prompts as long as the experiment's own, because windows and chunks of attention matter
+only at real lengths. It compares every effect column for an early and a middle layer and both components, and it
+checks for every layer that a run may begin there.
 """
 
 import logging
@@ -18,7 +18,7 @@ from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, Effec
 from selfrepair.effects.engine import PATHS, ablate, restart_error
 from selfrepair.effects.rows import RowBlock
 from selfrepair.errors import InputError
-from selfrepair.models import attention
+from selfrepair.models import attention, probes
 from selfrepair.models.loading import LoadedModel
 from selfrepair.planning.sites import ATTN, MLP, Site, contributions
 
@@ -36,6 +36,8 @@ NOISE_FLOORS = 4.0
 # Largest error of a layer's output if a run begins there, relative to what the layer adds.
 _RESTART_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
+_SHORT = 8  # tokens of the second prompt of the check if all prompts have one length
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -45,6 +47,26 @@ class Choice:
     error: float  # largest absolute difference of any effect column, in logits
     tolerance: float  # largest difference allowed, in logits
     rejected: dict[str, str]
+
+
+def prompts(
+    loaded: LoadedModel,
+    shortest: int,
+    longest: int,
+    start: int | None = None,  # first token of all the experiment's prompts, if they share one
+) -> list[Tensor]:  # (T,) each
+    """Return two prompts for the check, of the shortest and the longest length of the experiment's prompts.
+
+    Their ids are spread over the vocabulary, so that the check's result depends on lengths and on nothing else of a
+    data set: data sets may share it, in any order of jobs. Where all lengths are equal, the first prompt is short.
+    """
+    lengths = (min(shortest, _SHORT) if shortest == longest else shortest, longest)
+    ids = probes.probe_ids(loaded.model, length=sum(lengths))[0]
+    chosen = [part.clone() for part in ids.split(lengths)]
+    for prompt in chosen:
+        if start is not None:
+            prompt[0] = start
+    return chosen
 
 
 def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str) -> Choice:

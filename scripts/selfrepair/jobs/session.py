@@ -6,8 +6,7 @@ A job on a fresh session gives the same values.
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
-
+from selfrepair.effects import selftest
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import Choice, choose
 from selfrepair.models import memory
@@ -88,16 +87,20 @@ class Session:
             self._kept[key] = create()
         return self._kept[key]
 
-    def path(self, loaded: LoadedModel, key: Any, prompts: Sequence[Prompt], positions: str) -> Choice:
-        """Return the engine path for these prompts, checked on the shortest and the longest of them."""
+    def path(self, loaded: LoadedModel, prompts: Sequence[Prompt], positions: str) -> Choice:
+        """Return the engine path for `prompts`, checked once per model for their shortest and longest length.
+
+        Data sets with the same lengths and the same first token share one check: see `selftest.prompts`.
+        """
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        shortest, longest = min(lengths), max(lengths)
+        first = {prompt.input_ids[0] for prompt in prompts}
+        start = first.pop() if len(first) == 1 else None
 
         def checked() -> Choice:
-            by_length = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
-            chosen = dict.fromkeys([by_length[0], by_length[-1]])
-            ids = [torch.tensor(prompt.input_ids, device=loaded.device) for prompt in chosen]
-            return choose(loaded, ids, positions)
+            return choose(loaded, selftest.prompts(loaded, shortest, longest, start), positions)
 
-        return self.cached(("path", key, positions), checked)
+        return self.cached(("path", shortest, longest, start, positions), checked)
 
     def clean_runs(
         self,

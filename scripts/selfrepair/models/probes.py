@@ -21,10 +21,11 @@ _SHARED = (0.0, 0.7, 0.95)  # share of a position's variance that all positions 
 _SMALLEST = 1e-3  # of the stream's norm: smallest norm of a random stream
 
 
-def probe_ids(model: PreTrainedModel, rows: int = 1) -> Tensor:  # (rows, T) int64
-    """Return a short prompt of token ids spread over the vocabulary, `rows` times."""
+def probe_ids(model: PreTrainedModel, rows: int = 1, length: int | None = None) -> Tensor:  # (rows, T) int64
+    """Return a prompt of token ids spread over the vocabulary, `rows` times. It is short unless `length` is given."""
     config = text_config(model)
-    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    if length is None:
+        length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
     device = model.get_input_embeddings().weight.device
     # Multiples of the golden ratio: distinct, and neither sorted nor near the ends, where special tokens are.
     shares = (torch.arange(1, length + 1, dtype=torch.float64) * 0.6180339887498949) % 1

@@ -25,7 +25,7 @@ LOADING_RATE = 5e8  # bytes of weights per second: read, hashed and checked
 CELL_SECONDS = 0.18  # Snakemake, the job's process and the cell's file; they share the cores with the engine
 SOURCE_SECONDS = 1.0  # per data set: the jobs of tokens and clean runs, and the self-test's fixed part
 SELFTEST_PASSES = (
-    10.0  # forward passes over the longest prompt; and one more per layer, at which a run may begin
+    6.0  # forward passes over the longest prompt; and one more per layer, at which a run may begin
 )
 REPORT_SECONDS = 25.0  # tables, figures and report of an experiment and model
 

@@ -114,9 +114,7 @@ class Measured:
             tokenized = [dataclasses.replace(prompt, target=prompt.answer) for prompt in tokenized]
         session, key = model.session, tuple(tokenized)
         rows = session.rows(model.loaded, tokenized, {})
-        by_length = sorted(tokenized, key=lambda prompt: len(prompt.input_ids))
-        ends = by_length[0], by_length[-1]
-        path = session.path(model.loaded, ends, ends, positions).path
+        path = session.path(model.loaded, tokenized, positions).path
         runs = session.clean_runs(model.loaded, key, tokenized, positions, path, rows, heads)
         return cls(tokenized, runs, rows, path)
 

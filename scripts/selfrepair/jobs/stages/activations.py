@@ -52,7 +52,7 @@ def run(job: Job, session: Session) -> None:
     rows = session.rows(loaded, sources, job.runtime)
     heads = params.get("heads", False)
     key = prompts.key(job.input["tokens"])
-    choice = session.path(loaded, key, sources, positions)
+    choice = session.path(loaded, sources, positions)
     metadata = {
         "experiment": params["experiment"],
         "model": params["model"],

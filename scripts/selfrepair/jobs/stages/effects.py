@@ -55,7 +55,7 @@ def run(job: Job, session: Session) -> None:
     positions = params["positions"]
     rows = session.rows(loaded, sources, job.runtime)
     heads = HEADS in params["components"]
-    choice = session.path(loaded, key, sources, positions)
+    choice = session.path(loaded, sources, positions)
     runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads)
     sites = _sites(loaded, params["layer"], params["components"])
     ablation = ablations.create(params["ablation"], _inputs(job, loaded, rows))
