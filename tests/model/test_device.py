@@ -1,6 +1,7 @@
 """Nothing is left on the CPU: the whole engine on a device whose tensors may not meet the CPU's."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import other_device
@@ -13,9 +14,12 @@ from selfrepair.effects.ablations import Zero
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import choose
 from selfrepair.errors import InputError
+from selfrepair.jobs import provenance
 from selfrepair.models import memory
-from selfrepair.models.loading import wrap
-from selfrepair.models.placement import move_to_devices, spread
+from selfrepair.models.loading import load, wrap
+from selfrepair.models.placement import move_to_devices
+from selfrepair.models.weights import ModelSpec
+from selfrepair.planning.spreading import loads, spread
 
 
 def model():
@@ -105,17 +109,32 @@ def heads(loaded, positions, path):
 )
 def test_layers_are_spread_so_that_the_fullest_device_holds_least(sizes, rest, n, numbers):
     def fullest(numbers):
-        return max(
-            sum(size for size, at in zip(sizes, numbers, strict=True) if at == device)
-            + (rest if device == n - 1 else 0)
-            for device in range(n)
-        )
+        held = Counter({n - 1: rest})
+        for size, device in zip(sizes, numbers, strict=True):
+            held[device] += size
+        return max(held.values())
 
     found = spread(sizes, rest, n)
     assert found == sorted(found) and found[-1] == n - 1
+    assert max(loads(sizes, rest, n)) == fullest(found) and sum(loads(sizes, rest, n)) == sum(sizes) + rest
     # Every way to cut the list in order, with the last layer on the last device.
     ways = (sorted((*way, n - 1)) for way in itertools.product(range(n), repeat=len(sizes) - 1))
     assert fullest(found) == fullest(numbers) == min(map(fullest, ways))
+
+
+def effects_of(loaded):
+    return heads(loaded, "last", "rows")["delta_ablate"]
+
+
+def test_weights_are_loaded_onto_several_devices(tmp_path):
+    model().save_pretrained(tmp_path)
+    spec = ModelSpec(str(tmp_path), None, "float32")
+    expected = effects_of(load(spec, torch.device("cpu")))
+    with other_device.other_device() as there:
+        loaded = load(spec, [there, torch.device("cpu")])
+        assert provenance.facts_of(loaded)["device"] == "meta cpu"
+        found = effects_of(loaded)
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # not the same attention kernels
 
 
 def test_a_model_that_cannot_be_spread_is_refused(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import faults
 import pytest
+from selfrepair.errors import InputError
 from selfrepair.jobs import devices
 from selfrepair.jobs.devices import Device
 from selfrepair.jobs.job import Job
@@ -23,10 +24,10 @@ import json, sys
 from pathlib import Path
 from selfrepair.jobs.devices import leased
 from selfrepair.jobs.job import Job
-model, source, directory = sys.argv[1:]
-job = Job("effects", {}, {}, {"experiment": "e", "source": source}, {"device": "auto", "model": model})
-with leased(job, Path(directory)) as device:
-    print(device.visible, flush=True)
+model, source, directory, devices = sys.argv[1:]
+runtime = {"device": "auto", "devices": int(devices), "model": model}
+with leased(Job("effects", {}, {}, {"experiment": "e", "source": source}, runtime), Path(directory)) as lease:
+    print(lease.device.visible, flush=True)
     sys.stdin.read()
 """
 
@@ -34,10 +35,12 @@ with leased(job, Path(directory)) as device:
 class Holder:
     """A process that leases a device until it is released or killed."""
 
-    def __init__(self, directory: Path, model: str = "m", source: str = "a", number: int = 2) -> None:
+    def __init__(
+        self, directory: Path, model: str = "m", source: str = "a", number: int = 2, at_once: int = 1
+    ) -> None:
         environment = {**os.environ, devices.PRETEND: str(number), "PYTHONPATH": os.pathsep.join(sys.path)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, model, source, str(directory)],
+            [sys.executable, "-c", HOLDER, model, source, str(directory), str(at_once)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -94,6 +97,64 @@ def test_jobs_prefer_the_device_with_their_model_and_source(tmp_path: Path) -> N
     assert busy.device() == "pretended-0"
     assert used(tmp_path, ("m", "b")) == ["pretended-1"]  # a free device is better than none
     busy.release()
+
+
+def test_a_large_model_leases_its_devices_together(tmp_path: Path) -> None:
+    pairs = [Holder(tmp_path, "large", number=5, at_once=2) for _ in range(2)]
+    holding = {holder.device(): holder for holder in pairs}
+    assert sorted(holding) == ["pretended-0,pretended-1", "pretended-2,pretended-3"]
+    third, small = Holder(tmp_path, "large", number=5, at_once=2), Holder(tmp_path, "small", number=5)
+    assert small.device() == "pretended-4" and third.waits(0.2)  # the fifth is no pair
+    other = Holder(tmp_path, "small", number=5)
+    assert other.waits(0.2)
+    holding["pretended-2,pretended-3"].kill()
+    assert third.device() == "pretended-2,pretended-3"  # the set that holds its model
+    holding["pretended-0,pretended-1"].release()
+    small.release()
+    assert other.device() == "pretended-4"
+    for holder in (third, other):
+        holder.release()
+
+
+def test_jobs_with_one_two_and_four_devices_do_not_deadlock(tmp_path: Path) -> None:
+    """Each holds its devices for a moment; all are done, and no device was held twice."""
+    log = tmp_path / "log"
+    code = HOLDER.replace(
+        "    print(lease.device.visible, flush=True)\n    sys.stdin.read()\n",
+        "    import os, time\n"
+        "    def note(what):\n"
+        "        with open(os.environ['LOG'], 'a') as log:\n"
+        "            log.write(f'{what} {lease.device.visible}\\n')\n"
+        "    note('+')\n    time.sleep(0.05)\n    note('-')\n",
+    )
+    assert "note('-')" in code
+    environment = {
+        **os.environ,
+        devices.PRETEND: "4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "LOG": str(log),
+    }
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code, "m", "a", str(tmp_path), at_once], env=environment)
+        for at_once in "124" * 2
+    ]
+    assert [job.wait(timeout=60) for job in jobs] == [0] * 6
+    held: set[str] = set()
+    for line in log.read_text().splitlines():
+        what, _, names = line.partition(" ")
+        for name in names.split(","):
+            assert (name in held) == (what == "-")
+            (held.add if what == "+" else held.remove)(name)
+    assert not held
+
+
+def test_too_few_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.PRETEND, "2")
+    assert devices._groups({"device": "auto", "devices": 2}) == [
+        [Device("cpu", "pretended-0"), Device("cpu", "pretended-1")]
+    ]
+    with pytest.raises(InputError, match="3 CUDA devices are needed, and 2 are visible"):
+        devices._groups({"device": "auto", "devices": 3})
 
 
 @pytest.fixture
@@ -163,6 +224,20 @@ def test_each_device_has_its_worker_and_a_killed_worker_keeps_none(bench: Bench)
     slow.wait()
     jobs = [bench.start(bench.job(f"after-{number}", device="auto"), **pretend) for number in range(4)]
     assert [job.wait(timeout=60) for job in jobs] == [0] * 4
+
+
+def test_a_worker_gives_way_to_one_whose_devices_are_among_its_own(bench: Bench) -> None:
+    """The memory of a device holds one model: whoever starts there dismisses the idle workers."""
+    pretend = {devices.PRETEND: "2"}
+    assert bench.start(bench.job("small", device="auto"), **pretend).wait(timeout=60) == 0
+    (small,) = bench.workers()
+    assert bench.start(bench.job("large", device="auto", devices=2), **pretend).wait(timeout=60) == 0
+    assert bench.start(bench.job("large-2", device="auto", devices=2), **pretend).wait(timeout=60) == 0
+    faults.wait(lambda: len(bench.workers()) == 1, 20)
+    (large,) = bench.workers()
+    assert large != small
+    assert bench.start(bench.job("small-2", device="auto"), **pretend).wait(timeout=60) == 0
+    faults.wait(lambda: large not in bench.workers(), 20)
 
 
 def test_a_run_on_several_devices_uses_all_and_gives_the_results_of_one(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_request_without_an_end_is_dropped(
     run = identify(os.getpid())
     assert run is not None
     monkeypatch.chdir(tmp_path)
-    listening = server.Server(Path("w.sock"), "cpu", "package", 1.0, run)
+    listening = server.Server(Path("w.sock"), "cpu", 1, "package", 1.0, run)
     ours, theirs = socket.socketpair()
     with ours:
         ours.sendall(sent)

@@ -27,7 +27,7 @@ import os
 
 
 class Session:
-    def __init__(self, device):
+    def __init__(self, device, number=1):
         self.device = device
         self.jobs = 0
         with open("sessions.txt", "a") as file:

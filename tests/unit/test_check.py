@@ -9,6 +9,7 @@ import projects
 import pytest
 import yaml
 from selfrepair.planning.config import Config
+from selfrepair.planning.modelsize import Size
 from selfrepair.prompts import readers
 from selfrepair.tools import check
 
@@ -84,6 +85,10 @@ BROKEN: dict[str, tuple[Change, tuple[str, ...]]] = {
         lambda root, raw: raw["models"]["demo"].update(device="cuda:1"),
         ("models.demo.device: 'cuda:1' is not available: this machine has no CUDA device",),
     ),
+    "too few devices": (
+        lambda root, raw: raw["models"]["demo"].update(devices=2),
+        ("models.demo.devices: 2 devices are needed, but this machine has 1 visible CUDA devices",),
+    ),
     "no tokenizer": (
         lambda root, raw: (root / "models/demo/tokenizer.json").unlink(),
         ("models/demo: has no tokenizer files",),
@@ -99,7 +104,7 @@ BROKEN: dict[str, tuple[Change, tuple[str, ...]]] = {
 def test_what_would_stop_a_run_is_found_before_it(
     root: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(check.devices, "cuda_memory", lambda: [10**9] if name == "too few devices" else [])
     usage = type("usage", (), {"free": 1e6 if name == "too large" else 1e12})
     monkeypatch.setattr(check.shutil, "disk_usage", lambda _: usage)
     raw = values()
@@ -110,8 +115,25 @@ def test_what_would_stop_a_run_is_found_before_it(
         assert fact in text, text
 
 
+@pytest.mark.parametrize(("memory", "devices", "remedy"), [(8000, 1, 2), (4500, 2, 3), (2000, 1, None)])
+def test_weights_that_do_not_fit_are_refused_with_the_numbers(
+    root: Path, monkeypatch: pytest.MonkeyPatch, memory: int, devices: int, remedy: int | None
+) -> None:
+    monkeypatch.setattr(check.devices, "cuda_memory", lambda: [memory] * 4)
+    raw = values()
+    raw["models"]["demo"].update(devices=devices)
+    # 4 layers of 1000 parameters and embeddings of 500, 2 bytes each.
+    monkeypatch.setattr(check, "size_of", lambda _model: Size(4500, 500, 4, 8, 4, 50, 2))
+    (error,) = check.problems(config(root, raw))
+    assert f"9e-06 GB of weights in float32 do not fit on {devices} device" in error.what
+    assert f"and has {memory / 1e9:.3g} GB" in error.what
+    assert error.remedy.startswith(f"set `devices: {remedy}`" if remedy else "set `dtype")
+    monkeypatch.setattr(check.devices, "cuda_memory", lambda: [10**9] * 4)
+    assert not check.problems(config(root, raw))
+
+
 def test_all_problems_are_reported_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(check.devices, "cuda_memory", list)
     raw = values()
     for name in ("bad JSON", "a missing field", "no UTF-8", "no CUDA", "no tokenizer"):
         BROKEN[name][0](root, raw)
@@ -121,7 +143,7 @@ def test_all_problems_are_reported_at_once(root: Path, monkeypatch: pytest.Monke
 
 
 def test_devices_of_other_machines_are_not_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "cuda_devices", lambda: 0)
+    monkeypatch.setattr(check.devices, "cuda_memory", list)
     raw = values()
     raw["models"]["demo"]["device"] = "cuda"
     assert len(check.problems(config(root, raw))) == 1

@@ -180,6 +180,11 @@ def test_all_problems_are_told_at_once(root):
         (grid_with(ablations=["replace-"]), ("ablations[0]: 'replace-' is not allowed",)),
         (grid_with(target="anser"), ("did you mean 'answer'?",)),
         (lambda raw: raw["models"]["demo"].update(device="gpu"), ("models.demo.device: 'gpu'", "cuda:N")),
+        (
+            lambda raw: raw["models"]["demo"].update(device="cpu", devices=2),
+            ("models.demo.devices: 2 devices, but `device` is 'cpu'", "`device: auto`"),
+        ),
+        (lambda raw: raw["models"]["demo"].update(devices=0), ("models.demo.devices: must be at least 1",)),
         (lambda raw: raw["models"]["demo"].pop("path"), ("models.demo: the key 'path' is missing",)),
         (lambda raw: raw.pop("datasets"), ("(top level): the key 'datasets' is missing",)),
         (lambda raw: raw.update(models={}), ("models: is empty",)),

@@ -1,5 +1,6 @@
 """Costs against counts made by hand, and the warnings of `make estimate`."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import yaml
 from selfrepair.planning import costs, modelsize
 from selfrepair.planning.config import Model
+from selfrepair.planning.modelsize import Size, size_of
+from selfrepair.planning.spreading import devices_needed, largest_load
 from selfrepair.tools import estimate
 
 CONFIG = {
@@ -150,6 +153,28 @@ def test_a_failed_job_is_given_more(root: Path) -> None:
     for stage in ("effects", "activations"):
         assert costs.minutes(experiment, model, stage, 1) >= 1
         assert costs.minutes(experiment, model, stage, 3) >= 4 * costs.minutes(experiment, model, stage, 1)
+
+
+def test_the_number_of_devices_follows_from_layers_embeddings_and_working_memory() -> None:
+    # 4 layers of 1000 parameters and embeddings of 500, 2 bytes each: 9 kB.
+    size = Size(4500, 500, 4, 8, 4, 50, 2)
+    assert [largest_load(size, n) for n in (1, 2, 3, 4)] == [9000, 5000, 4000, 3000]
+    for memory, needed in ((10001, 1), (9999, 2), (5556, 2), (5555, 3), (3334, 4), (3333, None)):
+        assert devices_needed(size, 0, memory) == needed, memory  # nine tenths of the memory are used
+    assert devices_needed(size, 100, 5600) == 3
+
+
+def test_the_estimate_names_devices_of_this_machine_or_of_common_sizes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = projects.load(root)
+    (cost,) = estimate.estimates(config)
+    big = dataclasses.replace(cost, memory=40e9 + 2e9)
+    size = dataclasses.replace(size_of(config.models["demo"]), parameters=10**10, embeddings=10**9, layers=20)
+    # 40 GB of float32 weights, 4 of them embeddings, 1.8 GB per layer; 2 GB of working memory on every device.
+    assert estimate._devices(size, big, []) == ("3 of 24 GB, or 2 of 40 GB, or 1 of 80 GB (key `devices`)")
+    assert estimate._devices(size, big, [16 * 10**9]) == "4 of 16 GB (key `devices`)"
+    assert "none of 4 GB (a layer does not fit)" in estimate._devices(size, big, [4 * 10**9])
 
 
 def test_too_little_disk_is_a_warning(

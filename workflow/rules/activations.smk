@@ -17,7 +17,7 @@ for place, (count, models) in enumerate(PLAN.layer_counts().items()):
         conda:
             "../../envs/model.yaml"
         resources:
-            gpu=1,
+            gpu=gpus,
             mem_mb=memory_mb,
             runtime=minutes("activations"),
         params:
@@ -38,7 +38,7 @@ rule std:
     conda:
         "../../envs/model.yaml"
     resources:
-        gpu=1,
+        gpu=gpus,
     params:
         spec=PLAN.std,
         runtime=runtime,

@@ -61,6 +61,11 @@ def priority(stage):
     return functools.partial(PLAN.priority, stage=stage)
 
 
+# The devices of a job: as many as `devices` of its model.
+def gpus(wildcards):
+    return PLAN.gpus(wildcards)
+
+
 # Requests to a batch system; larger after each failure. Nothing reruns when these change.
 def memory_mb(wildcards, attempt):
     return PLAN.memory_mb(wildcards, attempt)

@@ -21,7 +21,7 @@ for name, (heads, experiments) in grid.effects_rules(PLAN.config).items():
         conda:
             "../../envs/model.yaml"
         resources:
-            gpu=1,
+            gpu=gpus,
             mem_mb=memory_mb,
             runtime=minutes("effects"),
         params:

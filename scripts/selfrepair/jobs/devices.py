@@ -8,21 +8,25 @@ process, sees only the leased device (`CUDA_VISIBLE_DEVICES`), so that results d
 """
 
 import contextlib
+import ctypes
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from selfrepair.errors import InputError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.lifeline import require_run
 
 PRETEND = "SELFREPAIR_PRETEND_DEVICES"  # a number of CPU workers that stand for devices, in tests
+_GATE = "several-devices.lease"  # the lock of the one job that waits for several devices
 _POLL_SECONDS = 0.005  # between two attempts to lease a device
 # How long a device must have been free before a job takes it, by what the device was used for last. Another job of the
 # same model or source may be about to take it, and loading a model takes longer than these waits.
@@ -30,43 +34,108 @@ _SAME_SOURCE, _SAME_MODEL, _OTHER_MODEL = 0.0, 0.02, 2.0
 
 
 class Device(NamedTuple):
-    """A device for one job: its name for PyTorch, and the value of CUDA_VISIBLE_DEVICES (None: not set)."""
+    """Devices for one job: a name for PyTorch, the value of CUDA_VISIBLE_DEVICES (None: not set), how many they are."""
 
     name: str
     visible: str | None
+    number: int = 1
 
     def apply(self, environment: MutableMapping[str, str]) -> None:
-        """Make this device the only CUDA device of processes with this `environment`."""
+        """Make these devices the only CUDA devices of processes with this `environment`."""
         if self.visible is not None:
             environment["CUDA_VISIBLE_DEVICES"] = self.visible
 
 
-@contextlib.contextmanager
-def leased(job: Job, directory: Path) -> Iterator[Device]:
-    """Yield a device that no other job of this project holds until the context ends. Wait while all are leased.
+class Lease(NamedTuple):
+    """A leased device, or several leased together, and what jobs leased last whose devices were among these."""
 
-    The lock files lie in `directory`. Free devices are tried in this order: last used for the same model and
-    source, for the same model, never used, used for another model. Raises InputError if the Snakemake run ends.
+    device: Device
+    previous: tuple[Device, ...]
+
+
+@contextlib.contextmanager
+def leased(job: Job, directory: Path) -> Iterator[Lease]:
+    """Yield devices that no other job of this project holds until the context ends. Wait while all are leased.
+
+    A job with `devices: n` gets n devices, always the same ones together: a worker keeps its model on its devices. The
+    lock files lie in `directory`. Free devices are tried in this order: last used for the same model and source, for
+    the same model, never used, used for another model. Raises InputError if the Snakemake run ends or fewer than n
+    devices are visible.
+
+    Jobs do not deadlock: one job at a time waits while it holds a device, and the jobs with all of their devices end.
     """
     use = _use(job)
-    files = [(device, _lock_path(directory, device)) for device in available(job.runtime["device"])]
-    while True:
-        # The last uses may change until the lock is held, which costs time and never correctness.
-        candidates = sorted((*_rank(path, use), number) for number, (_, path) in enumerate(files))
-        for _, ready, number in candidates:
-            device, path = files[number]
-            if ready and (lock := try_lock(path)) is not None:
-                with lock:
+    groups = [
+        (devices, [_lock_path(directory, device) for device in devices]) for devices in _groups(job.runtime)
+    ]
+    with contextlib.ExitStack() as locks:
+        if len(groups[0][0]) > 1:
+            gate = locks.enter_context(contextlib.closing(_waited(directory / _GATE)))
+        while True:
+            # The last uses may change until the lock is held, which costs time and never correctness.
+            ranks = [[_rank(path, use) for path in paths] for _, paths in groups]
+            candidates = sorted(
+                (max(rank for rank, _ in of_group), number)
+                for number, of_group in enumerate(ranks)
+                if all(ready for _, ready in of_group)
+            )
+            for _, number in candidates:
+                devices, paths = groups[number]
+                if (lock := try_lock(paths[0])) is None:
+                    continue
+                held = [locks.enter_context(lock)]
+                held += [locks.enter_context(_waited(path)) for path in paths[1:]]
+                if len(devices) > 1:
+                    gate.close()
+                device = _joined(devices)
+                previous = {last for lock in held if (last := _last_device(lock)) not in (None, device)}
+                for lock in held:
                     lock.truncate(0)
-                    lock.write(json.dumps(use))
+                    lock.write(json.dumps([*use, device]))
                     lock.flush()
-                    try:
-                        yield device
-                    finally:
+                try:
+                    yield Lease(device, tuple(sorted(filter(None, previous), key=str)))
+                finally:
+                    for path in paths:
                         os.utime(path)  # free from now on
                 return
+            require_run()
+            time.sleep(_POLL_SECONDS)
+
+
+def _waited(path: Path) -> IO[str]:
+    """Return the locked file, once no other process holds the lock. Raises InputError if the Snakemake run ends."""
+    while (lock := try_lock(path)) is None:
         require_run()
         time.sleep(_POLL_SECONDS)
+    return lock
+
+
+def _groups(runtime: Mapping[str, Any]) -> list[list[Device]]:
+    """Return the devices that a job may lease, in groups of `devices`; a remainder is left out.
+
+    Raises InputError if there are too few.
+    """
+    devices, n = available(runtime["device"]), runtime.get("devices", 1)
+    if n > len(devices):
+        raise InputError(
+            f"{n} CUDA devices are needed, and {visible_devices()} are visible",
+            where="devices",
+            remedy="lower `devices` of the model, or use a machine or an allocation with more GPUs "
+            "(CUDA_VISIBLE_DEVICES limits them).",
+        )
+    return [devices[first : first + n] for first in range(0, len(devices) - n + 1, n)]
+
+
+def _joined(devices: Sequence[Device]) -> Device:
+    if len(devices) == 1:
+        return devices[0]
+    return Device(devices[0].name, ",".join(device.visible or "" for device in devices), len(devices))
+
+
+def visible_devices() -> int:
+    """Return the number of visible CUDA devices, or of those that tests pretend."""
+    return int(os.environ.get(PRETEND, "0")) or len(_cuda_devices(os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def available(configured: str) -> list[Device]:
@@ -94,6 +163,24 @@ def _cuda_devices(visible: str | None) -> list[str]:
     return [str(number) for number in range(count)]
 
 
+@functools.cache
+def cuda_memory() -> list[int]:
+    """Return the bytes of memory of each visible CUDA device, from the driver: importing torch takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, device, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    sizes = []
+    for number in range(count.value):
+        driver.cuDeviceGet(ctypes.byref(device), number)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        sizes.append(size.value)
+    return sizes
+
+
 def _torch_has_cuda() -> bool:
     spec = find_spec("torch")  # does not import it
     if spec is None or spec.origin is None:
@@ -104,16 +191,18 @@ def _torch_has_cuda() -> bool:
 
 def _use(job: Job) -> list[Any]:
     """What a worker keeps in memory after this job: the model, and the clean runs of one source."""
+    n = job.runtime.get("devices", 1)
+    model = job.runtime["model"] if n == 1 else f"{job.runtime['model']} on {n}"
     if job.stage == "tokens":  # one after the other, before the model is loaded
-        return [job.runtime["model"], "tokens"]
+        return [model, "tokens"]
     source = job.params.get("source", job.params.get("dataset"))
-    return [job.runtime["model"], [job.params.get("experiment"), source]]
+    return [model, [job.params.get("experiment"), source]]
 
 
 def _rank(path: Path, use: list[Any]) -> tuple[int, bool]:
     """Return the rank of a device in the order of preference, and whether it has been free for long enough."""
     try:
-        last = json.loads(path.read_text(encoding="utf-8"))
+        last = json.loads(path.read_text(encoding="utf-8"))[:2]
         free_seconds = abs(time.time() - path.stat().st_mtime)
     except (OSError, ValueError):  # never used, or its holder is writing
         return 2, True
@@ -122,6 +211,18 @@ def _rank(path: Path, use: list[Any]) -> tuple[int, bool]:
     if last[0] == use[0]:
         return 1, free_seconds >= _SAME_MODEL
     return 3, free_seconds >= _OTHER_MODEL
+
+
+def _last_device(lock: IO[str]) -> Device | None:
+    """Return what was leased when this lock was held last; None if it never was.
+
+    Read through the locked file: closing another descriptor of the file would free the lock.
+    """
+    lock.seek(0)
+    try:
+        return Device(*json.loads(lock.read())[2])
+    except (ValueError, IndexError):
+        return None
 
 
 def _lock_path(directory: Path, device: Device) -> Path:

@@ -11,7 +11,7 @@ from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import Choice, choose
 from selfrepair.models import memory
 from selfrepair.models.adapter import text_config
-from selfrepair.models.device import pick_device
+from selfrepair.models.device import pick_devices
 from selfrepair.models.loading import LoadedModel, load
 from selfrepair.models.weights import ModelSpec, local_snapshot
 from selfrepair.prompts.prompt import Prompt
@@ -30,8 +30,8 @@ _KEPT_SHARE = 0.3
 class Session:
     """Objects that take long to create and that later jobs can use unchanged."""
 
-    def __init__(self, device: str = "auto") -> None:
-        self.device = pick_device(device)
+    def __init__(self, device: str = "auto", count: int = 1) -> None:
+        self.devices = pick_devices(device, count)  # of one model
         self._models: dict[Any, LoadedModel] = {}
         self._tokenizers: dict[Any, Any] = {}
         self._kept: dict[Any, Any] = {}
@@ -52,7 +52,7 @@ class Session:
             self._noise = None
             memory.release()
             kind, _, content = (digest or "").partition(":")
-            self._models[key] = load(spec, self.device, content if kind == "sha256" else None)
+            self._models[key] = load(spec, self.devices, content if kind == "sha256" else None)
         return self._models[key]
 
     def tokenizer(self, path: str, revision: str | None) -> Any:
@@ -77,7 +77,7 @@ class Session:
 
         def fitting_rows() -> int:
             fitting = int(_PASS_SHARE * self._free() / bytes_per_row(loaded, length))
-            return max(1, min(MOST_ROWS[self.device.type], fitting))
+            return max(1, min(MOST_ROWS[self.devices[0].type], fitting))
 
         return self.cached(("rows", length), fitting_rows)
 
@@ -119,7 +119,7 @@ class Session:
         self._runs = {other: runs for other, runs in self._runs.items() if runs.all_kept}
         if clean is None or not clean.serves(prompts):
             clean = None  # its memory counts as free
-            budget = int(_KEPT_SHARE * self._free())
+            budget = int(_KEPT_SHARE * len(self.devices) * self._free())
             clean = CleanRuns(loaded, prompts, positions, path == "rows", tokens, budget, heads)
             if clean.all_kept:
                 while self._runs and self._runs_nbytes() + clean.nbytes > budget:
@@ -134,7 +134,7 @@ class Session:
         """
         if self._noise is None or self._noise[0] != key:
             self._noise = None
-            if size > _KEPT_SHARE * memory.free(self.device):
+            if size > _KEPT_SHARE * len(self.devices) * self._free_on_each():
                 return None
             self._noise = (key, {})
         return self._noise[1]
@@ -143,8 +143,14 @@ class Session:
         return sum(runs.nbytes for runs in self._runs.values() if runs.all_kept)
 
     def _free(self) -> int:
-        """Return the free bytes. Clean runs count as free, so that the size of a pass does not depend on them."""
-        return memory.free(self.device) + self._runs_nbytes()
+        """Return the free bytes of each device, at least.
+
+        Clean runs count as free, so that the size of a pass does not depend on them.
+        """
+        return self._free_on_each() + self._runs_nbytes() // len(self.devices)
+
+    def _free_on_each(self) -> int:
+        return min(map(memory.free, self.devices))
 
 
 def bytes_per_row(loaded: LoadedModel, length: int) -> int:

@@ -42,11 +42,11 @@ def run(job: Job) -> None:
         return
     from selfrepair.jobs.worker import address, client
 
-    with leased(job, address.private_directory()) as device:
+    with leased(job, address.private_directory()) as lease:
         if job.runtime.get("worker"):
-            client.request(job, device)
+            client.request(job, lease)
         else:
-            _run_here(job, device)
+            _run_here(job, lease.device)
 
 
 def _run_here(job: Job, device: Device | None) -> None:
@@ -67,7 +67,7 @@ def _run_here(job: Job, device: Device | None) -> None:
             device.apply(os.environ)
             from selfrepair.jobs.session import Session  # imports torch, which reads CUDA_VISIBLE_DEVICES
 
-            session = Session(device.name)
+            session = Session(device.name, device.number)
         run_stage(job, session)
 
 

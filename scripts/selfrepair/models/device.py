@@ -21,6 +21,23 @@ def pick_device(wanted: str) -> torch.device:
     return device
 
 
+def pick_devices(wanted: str, count: int) -> list[torch.device]:
+    """Return `count` devices, the first ones of the kind that `pick_device` returns; on the CPU it is repeated.
+
+    Raises InputError if there are fewer CUDA devices.
+    """
+    device = pick_device(wanted)
+    if count == 1 or device.type == "cpu":
+        return [device] * count
+    if count > torch.cuda.device_count():
+        raise InputError(
+            f"{count} CUDA devices are needed, and {torch.cuda.device_count()} are visible",
+            where="devices",
+            remedy="lower `devices` of the model, or make more GPUs visible.",
+        )
+    return [torch.device("cuda", number) for number in range(count)]
+
+
 def _device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from selfrepair.errors import InputError
 from selfrepair.models import memory
+from selfrepair.planning.spreading import loads, spread
 
 
 def move_to_devices(
@@ -42,16 +43,11 @@ def move_to_devices(
             where=where,
             remedy="set `devices: 1`.",
         )
-    numbers = spread(sizes, rest, len(devices))
-    loads = [
-        sum(size for size, at in zip(sizes, numbers, strict=True) if at == n) for n in range(len(devices))
-    ]
-    loads[-1] += rest
-    _require_room(loads, devices, where)
+    _require_room(loads(sizes, rest, len(devices)), devices, where)
     if len(devices) == 1:
         nn.Module.to(model, devices[0])
         return
-    for layer, number in zip(layers, numbers, strict=True):
+    for layer, number in zip(layers, spread(sizes, rest, len(devices)), strict=True):
         layer.to(devices[number])
         layer.register_forward_pre_hook(_moving_to(devices[number]), with_kwargs=True)
     inside = {id(module) for layer in layers for module in layer.modules()}
@@ -60,45 +56,17 @@ def move_to_devices(
             module._apply(lambda tensor: tensor.to(devices[-1]), recurse=False)
 
 
-def spread(sizes: Sequence[int], rest: int, n: int) -> list[int]:
-    """Return the device (0 to n - 1) of each layer, so that the largest load is as small as possible.
-
-    `sizes`: bytes of each layer. Devices hold consecutive layers; the last device holds the last layer and `rest`.
-    """
-    low, high = max(sizes), sum(sizes) + rest
-    while low < high:
-        middle = (low + high) // 2
-        if _filled(sizes, rest, n, middle) is None:
-            low = middle + 1
-        else:
-            high = middle
-    numbers = _filled(sizes, rest, n, low)
-    assert numbers is not None
-    return numbers
-
-
-def _filled(sizes: Sequence[int], rest: int, n: int, most: int) -> list[int] | None:
-    """Return the devices of the layers if no device may hold more than `most` bytes; None if that is too little."""
-    numbers, device, load = [n - 1], n - 1, rest + sizes[-1]
-    for size in reversed(sizes[:-1]):  # from the last device, which holds the rest
-        if load + size > most:
-            device, load = device - 1, 0
-        load += size
-        numbers.insert(0, device)
-    return numbers if device >= 0 and rest + sizes[-1] <= most else None
-
-
 def weight_bytes(*modules: nn.Module) -> int:
     """Return the bytes of the modules' parameters and buffers. Shared ones count once."""
     tensors = {id(tensor): tensor for m in modules for tensor in (*m.parameters(), *m.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _require_room(loads: Sequence[int], devices: Sequence[torch.device], where: str) -> None:
+def _require_room(held: Sequence[int], devices: Sequence[torch.device], where: str) -> None:
     """Raise InputError if a CUDA device has less free memory than its part of the weights."""
     full = [
         f"{device}: {load / 1e9:.3g} GB of weights, {memory.free(device) / 1e9:.3g} GB free"
-        for load, device in zip(loads, devices, strict=True)
+        for load, device in zip(held, devices, strict=True)
         if device.type == "cuda" and load > memory.free(device)
     ]
     if full:

@@ -45,6 +45,7 @@ class Model:
     device: str
     root: Path
     local: bool
+    devices: int = 1  # CUDA devices that the layers are spread over
     family: str | None = None  # the training run, for a checkpoint of `checkpoints`
     step: int | None = None  # its training step
 

@@ -41,6 +41,11 @@ def _model(model: Model) -> Iterator[Problem]:
     if model.device == "mps":
         what = "'mps' has no float64, which the self-test needs"
         yield Problem(f"{key}.device", what, "set `device: auto` or `device: cpu`.")
+    if model.devices > 1 and model.device != "auto":
+        what = f"{model.devices} devices, but `device` is '{model.device}'"
+        yield Problem(
+            f"{key}.devices", what, "set `device: auto` to use several CUDA devices, or `devices: 1`."
+        )
     if not model.local:
         yield from _hub(key, model.path, model.revision, "model")
         return

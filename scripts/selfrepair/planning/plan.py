@@ -322,6 +322,7 @@ class Plan:
         model, runtime = self._model(wildcards), self.config.runtime
         return {
             "device": model.device,
+            "devices": model.devices,
             "rows": runtime.rows,
             "worker": runtime.worker,
             "idle_seconds": runtime.idle_seconds,
@@ -329,6 +330,10 @@ class Plan:
             "package": self.package,
             "cells": CELLS,
         }
+
+    def gpus(self, wildcards: Wildcards) -> int:
+        """Return the number of devices that a job of the model leases."""
+        return self._model(wildcards).devices
 
     def memory_mb(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the megabytes of main memory to request from a batch system."""

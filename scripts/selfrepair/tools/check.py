@@ -6,9 +6,9 @@ and loads no weights. A run does the same before its first job. All problems are
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from selfrepair.errors import InputError
+from selfrepair.jobs import devices
 from selfrepair.planning import grid
 from selfrepair.planning.config import Config, Dataset, Experiment, Model
 from selfrepair.planning.config_loading import load_file
 from selfrepair.planning.digests import TOKENIZER_FILES, dataset_digest
+from selfrepair.planning.modelsize import size_of
 from selfrepair.planning.outcomes import FOIL
+from selfrepair.planning.spreading import devices_needed, largest_load
 from selfrepair.prompts import readers
 from selfrepair.storage import atomic
 from selfrepair.tools.estimate import disk_bytes, estimates
@@ -122,18 +125,39 @@ def _model(model: Model, local: bool) -> Iterator[InputError]:
             what = f"'{model.device}' is not available: this machine has {seen}"
             remedy = "set `device: auto` or `device: cpu`, or check the driver (`nvidia-smi`) and CUDA_VISIBLE_DEVICES."
             yield InputError(what, where=f"models.{model.name}.device", remedy=remedy)
+    if local and model.device == "auto":
+        yield from _room(model)
+
+
+def _room(model: Model) -> Iterator[InputError]:
+    """Yield a problem if `devices` of the model are not there, or if its weights do not fit into their memory."""
+    key, n, memory = f"models.{model.name}.devices", model.devices, devices.cuda_memory()
+    visible = int(os.environ.get(devices.PRETEND, "0")) or len(memory)
+    if n == 1 and not memory:
+        return
+    if n > max(1, visible):
+        what = f"{n} devices are needed, but this machine has {visible} visible CUDA devices"
+        remedy = (
+            "lower `devices`, or use a machine or an allocation with more GPUs (see CUDA_VISIBLE_DEVICES)."
+        )
+        yield InputError(what, where=key, remedy=remedy)
+        return
+    size = size_of(model)
+    if n > size.layers:
+        yield InputError(f"{n} devices for {size.layers} layers", where=key, remedy="lower `devices`.")
+    elif memory and largest_load(size, n) > min(memory):
+        needed = devices_needed(size, 0.0, min(memory))
+        what = (
+            f"{size.weights / 1e9:.3g} GB of weights in {model.dtype} do not fit on {n} device{'s' * (n > 1)}: the "
+            f"fullest would hold {largest_load(size, n) / 1e9:.3g} GB and has {min(memory) / 1e9:.3g} GB"
+        )
+        spread = "" if needed is None else f"set `devices: {needed}`, or "
+        yield InputError(what, where=key, remedy=f"{spread}set `dtype: bfloat16` or `device: cpu`.")
 
 
 def cuda_devices() -> int:
-    """Return the number of visible CUDA devices, from the driver: importing torch takes seconds."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
+    """Return the number of visible CUDA devices."""
+    return len(devices.cuda_memory())
 
 
 def _disk(config: Config) -> Iterator[InputError]:

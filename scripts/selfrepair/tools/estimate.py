@@ -15,19 +15,22 @@ from itertools import islice
 from pathlib import Path
 
 from selfrepair.errors import InputError
+from selfrepair.jobs import devices
 from selfrepair.jobs.threads import usable_cpus
 from selfrepair.planning import grid
 from selfrepair.planning.config import Config, Dataset, Experiment, Model
 from selfrepair.planning.config_loading import load_file
 from selfrepair.planning.costs import Costs, costs
 from selfrepair.planning.duration import PLAN_SECONDS, duration
-from selfrepair.planning.modelsize import size_of
+from selfrepair.planning.modelsize import Size, size_of
+from selfrepair.planning.spreading import devices_needed, largest_load
 from selfrepair.prompts import readers
 
 _CHARACTERS = 4.0  # of a token of English text
 _ROWS = {"cpu": 1024, "cuda": 8192}  # of the matrix product that is timed
 _WIDEST = 2048  # of the same, so that it takes well below a second
 _TIMED_SECONDS = 0.3
+_COMMON = (24, 40, 80)  # GB of memory of common GPUs
 _SAMPLE = 200  # prompts whose lengths are looked at
 
 
@@ -117,6 +120,8 @@ def report(config: Config, device: str | None, times: bool) -> list[str]:
         print(f"  disk            {_bytes(sum(cost.disk.values()))}: {parts}")
         most = _bytes(cost.memory + cost.kept)
         print(f"  memory          {_bytes(cost.memory)} on the device at least; {most} keeps every clean run")
+        if model.device != "cpu":
+            print(f"  devices         {_devices(size, cost, devices.cuda_memory() if times else [])}")
     disk = _bytes(sum(sum(cost.disk.values()) for cost in models))
     expected = f", about {_time(seconds)}" if times else ""
     print(f"together: {sum(cost.cells for cost in models)} cells, {disk} of disk{expected}")
@@ -126,6 +131,16 @@ def report(config: Config, device: str | None, times: bool) -> list[str]:
             "it is now. The fixed costs in them were measured on two cores without a GPU."
         )
     return _warnings(config, models, device, times)
+
+
+def _devices(size: Size, cost: Costs, memory: Sequence[int]) -> str:
+    """Return how many CUDA devices the model needs: of this machine's (`memory` in bytes), or of common sizes."""
+    kinds = [min(memory)] if memory else [gigabytes * 10**9 for gigabytes in _COMMON]
+    needed = []
+    for kind in kinds:
+        n = devices_needed(size, cost.memory - size.weights, kind)
+        needed.append(f"{n} of {_bytes(kind)}" if n else f"none of {_bytes(kind)} (a layer does not fit)")
+    return f"{', or '.join(needed)} (key `devices`)"
 
 
 def _warnings(config: Config, models: Sequence[Costs], device: str | None, look_at_device: bool) -> list[str]:
@@ -143,11 +158,16 @@ def _warnings(config: Config, models: Sequence[Costs], device: str | None, look_
         from selfrepair.models.device import pick_device
 
         for cost in models:
-            at = pick_device(device or config.models[cost.model].device)
-            if cost.memory > (free := memory.free(at)):
+            model = config.models[cost.model]
+            at, size = pick_device(device or model.device), size_of(model)
+            working = cost.memory - size.weights
+            needed_here = largest_load(size, min(model.devices, size.layers)) + working
+            if needed_here > (free := memory.free(at)):
+                n = devices_needed(size, working, free) if at.type == "cuda" else None
+                more = f"set `devices: {n}`, " if n else ""
                 warnings.append(
-                    f"{cost.experiment} / {cost.model} needs about {_bytes(cost.memory)} on {at}, which has "
-                    f"{_bytes(free)} free: set `dtype: bfloat16`, or use a larger device."
+                    f"{cost.experiment} / {cost.model} needs about {_bytes(needed_here)} on {at}, which has "
+                    f"{_bytes(free)} free: {more}set `dtype: bfloat16`, or use a larger device."
                 )
     return warnings
 

@@ -34,14 +34,19 @@ def address(runtime: dict[str, Any], device: Device) -> Address:
 
     A SLURM batch job has workers of its own, because SLURM ends them with the batch job.
     """
-    prefix = _short(os.uname().nodename, os.getcwd(), *device, os.environ.get("SLURM_JOB_ID"))
+    prefix = prefix_of(device)
     stem = f"{prefix}-{_short(runtime['model'], runtime['package'], sys.executable)}"
     directory = private_directory()
     lock = directory / f"start-{prefix[0]}.lock"  # sixteen locks for all workers, so that they do not pile up
     return Address(directory / f"{stem}.sock", lock, directory / f"{stem}.log", prefix)
 
 
-def _short(*parts: str | None) -> str:
+def prefix_of(device: Device) -> str:
+    """Return what the names of the files of every worker on `device` begin with."""
+    return _short(os.uname().nodename, os.getcwd(), *device, os.environ.get("SLURM_JOB_ID"))
+
+
+def _short(*parts: str | int | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

@@ -9,30 +9,31 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from selfrepair.errors import InputError, StageError
 from selfrepair.jobs import logs
-from selfrepair.jobs.devices import Device
+from selfrepair.jobs.devices import Lease
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.lifeline import require_run
-from selfrepair.jobs.worker.address import Address, address, connect, remove_stale_files
+from selfrepair.jobs.worker.address import Address, address, connect, prefix_of, remove_stale_files
 
 _START_SECONDS = 60.0
 _ATTEMPTS = 10  # an idle worker may end between the connection and the job
 
 
-def request(job: Job, device: Device) -> None:
-    """Have a worker on `device` do `job`; return when it is done.
+def request(job: Job, lease: Lease) -> None:
+    """Have a worker on the leased device do `job`; return when it is done.
 
     Raises InputError with the stage's own message, StageError with the stage's traceback. If the worker dies during
     the job, a second worker gets it; InputError if that dies too.
     """
-    where = address(job.runtime, device)
+    where = address(job.runtime, lease.device)
     deaths = attempts = 0
     while attempts < _ATTEMPTS:
         require_run()  # without a run nobody would end the worker that this job starts
-        started, answer = _send(where, job, device)
+        started, answer = _send(where, job, lease)
         if answer is not None:
             return _raise_failure(answer)
         if not started:
@@ -62,10 +63,10 @@ def _raise_failure(answer: dict[str, Any]) -> None:
         raise StageError(answer["message"])
 
 
-def _send(where: Address, job: Job, device: Device) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _send(where: Address, job: Job, lease: Lease) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Send the job; return the worker's `started` message and its final one, each None if it never came."""
     started = final = None
-    with connect(where.socket) or _start(where, job.runtime, device) as connection:
+    with connect(where.socket) or _start(where, job.runtime, lease) as connection:
         try:
             with connection.makefile("rw", encoding="utf-8") as stream:
                 stream.write(json.dumps({"job": job.to_json(), "run": require_run()}) + "\n")
@@ -81,7 +82,7 @@ def _send(where: Address, job: Job, device: Device) -> tuple[dict[str, Any] | No
     return started, final
 
 
-def _start(where: Address, runtime: dict[str, Any], device: Device) -> socket.socket:
+def _start(where: Address, runtime: dict[str, Any], lease: Lease) -> socket.socket:
     """Start the worker, unless another job has just done so, and connect to it."""
     import subprocess  # these imports are for the job that starts a worker, and not for every job
 
@@ -92,14 +93,19 @@ def _start(where: Address, runtime: dict[str, Any], device: Device) -> socket.so
 
     environment = dict(os.environ)
     use_every_cpu(environment)
-    device.apply(environment)
+    lease.device.apply(environment)
     paths = [os.fspath(PACKAGE.parent), environment.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    arguments = {"socket": os.fspath(where.socket), "run": require_run(), **runtime, "device": device.name}
+    arguments = {
+        "socket": os.fspath(where.socket),
+        "run": require_run(),
+        **runtime,
+        "device": lease.device.name,
+    }
     with FileLock(where.lock):
         if connection := connect(where.socket):
             return connection
-        _dismiss_others(where)
+        _dismiss_others(where, [where.prefix, *map(prefix_of, lease.previous)])
         remove_stale_files(where.socket.parent)
         with open(where.log, "w", encoding="utf-8") as log:
             process = subprocess.Popen(
@@ -123,9 +129,10 @@ def _start(where: Address, runtime: dict[str, Any], device: Device) -> socket.so
     )
 
 
-def _dismiss_others(where: Address) -> None:
-    """Ask idle workers of other models on this device to end: its memory holds one model at a time."""
-    for path in where.socket.parent.glob(f"{where.prefix}-*.sock"):
-        if path != where.socket and (connection := connect(path)):
-            with connection:
-                connection.sendall(b'{"dismiss": true}\n')
+def _dismiss_others(where: Address, prefixes: Sequence[str]) -> None:
+    """Ask idle workers of other models on these devices to end: the memory of a device holds one model at a time."""
+    for prefix in prefixes:
+        for path in where.socket.parent.glob(f"{prefix}-*.sock"):
+            if path != where.socket and (connection := connect(path)):
+                with connection:
+                    connection.sendall(b'{"dismiss": true}\n')

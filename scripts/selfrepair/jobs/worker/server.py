@@ -63,8 +63,10 @@ def _send(connection: socket.socket, **message: Any) -> None:
 class Server:
     """Listens at `path` and does jobs with one session, which the first job creates."""
 
-    def __init__(self, path: Path, device: str, package: str, idle_seconds: float, run: ProcessId) -> None:
-        self.path, self.device, self.package = path, device, package
+    def __init__(
+        self, path: Path, device: str, devices: int, package: str, idle_seconds: float, run: ProcessId
+    ) -> None:
+        self.path, self.device, self.devices, self.package = path, device, devices, package
         self.idle_seconds = idle_seconds
         self.last_use = time.monotonic()
         self.session: Any = None
@@ -172,7 +174,7 @@ class Server:
         if self.session is None:
             from selfrepair.jobs.session import Session  # imports torch: seconds
 
-            self.session = Session(self.device)
+            self.session = Session(self.device, self.devices)
         return self.session
 
     def _watch_runs(self) -> None:
@@ -197,7 +199,12 @@ def main() -> None:
     if not is_alive(run):
         sys.exit(ENDED)
     server = Server(
-        Path(arguments["socket"]), arguments["device"], arguments["package"], arguments["idle_seconds"], run
+        Path(arguments["socket"]),
+        arguments["device"],
+        arguments.get("devices", 1),
+        arguments["package"],
+        arguments["idle_seconds"],
+        run,
     )
     try:
         server.serve()
