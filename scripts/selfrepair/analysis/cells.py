@@ -12,6 +12,7 @@ from selfrepair.effects import columns
 from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.planning.sites import ATTN, COMPONENTS, Site, is_downstream
 from selfrepair.storage import schemas, tables
+from selfrepair.storage.damage import removal
 
 Floats = NDArray[np.float32]
 CONTROL = "self"  # a contribution replaced by itself: the noise floor, not an ablation
@@ -166,12 +167,12 @@ def verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
 
 def foreign(path: str | os.PathLike[str], what: str) -> InputError:
     """Return the error for a file of results/ that does not belong to the others: `what` is wrong with it."""
-    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
+    remedy = f"{removal(path)} and run the same command again: only this file is computed again."
     return InputError(what, where=str(path), remedy=remedy)
 
 
 def _damaged(path: str | os.PathLike[str], what: str) -> DamagedFileError:
-    remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
+    remedy = f"{removal(path)} and run the same command again: only this file is computed again."
     return DamagedFileError(what, where=str(path), remedy=remedy)
 
 

@@ -11,6 +11,7 @@ from selfrepair.errors import InputError
 from selfrepair.jobs.job import Job
 from selfrepair.planning import grid
 from selfrepair.storage import schemas, tables
+from selfrepair.storage.damage import removal
 
 
 def run(job: Job, session: object) -> None:
@@ -36,6 +37,6 @@ def _checked(path: str, name: str) -> tuple[grid.Cell, str]:
         raise InputError(
             f"holds the cell {' / '.join(map(str, cell))}, which belongs elsewhere",
             where=path,
-            remedy=f"delete it (rm '{path}') and run the same command again.",
+            remedy=f"{removal(path)} and run the same command again.",
         )
     return cell, facts["content_sha256"]

@@ -17,6 +17,7 @@ from selfrepair.errors import DamagedFileError
 from selfrepair.report import templating
 from selfrepair.report.figures import controls, theme
 from selfrepair.storage import atomic, tables
+from selfrepair.storage.damage import removal
 
 Spec = dict[str, Any]
 PNG_SCALE = 1.25
@@ -168,7 +169,7 @@ def payload_of(page: str | Path) -> dict[str, Any]:
 
 
 def _damaged(page: str | Path) -> DamagedFileError:
-    remedy = f"delete it (rm '{page}') and run the same command again."
+    remedy = f"{removal(page)} and run the same command again."
     return DamagedFileError("is not a figure of this workflow", where=str(page), remedy=remedy)
 
 

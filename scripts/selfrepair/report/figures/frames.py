@@ -11,6 +11,7 @@ from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.errors import DamagedFileError
 from selfrepair.planning.sites import COMPONENTS
 from selfrepair.storage import tables
+from selfrepair.storage.damage import removal
 
 CELL = ("source", "ablation", "layer", "component")
 SITE = (*CELL, "head")  # `head` is null for a whole contribution
@@ -207,7 +208,7 @@ def scan(path: str) -> pl.LazyFrame:
         frame = pl.scan_parquet(path, hive_partitioning=False)
         frame.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
-        remedy = f"delete it (rm '{path}') and run the same command again: only this file is computed again."
+        remedy = f"{removal(path)} and run the same command again: only this file is computed again."
         raise DamagedFileError(
             f"cannot be read as Parquet ({error})", where=str(path), remedy=remedy
         ) from error
