@@ -1,6 +1,7 @@
 """`make check`: every problem of data, tokenizers, devices and disk at once, before any job."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,14 +133,46 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers(
     assert not check.problems(config(root, raw))
 
 
-def test_all_problems_are_reported_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FACT = '{{"prompt": "p {0}", "attribute": "a {0}"}}\n'
+# Data set of an experiment of its own -> its file, changes of the experiment, and what its problem names.
+TEN_FILES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "json": ('{"prompt": \n', {}, "json.jsonl, line 1: is not JSON"),
+    "field": ('{"text": "x"}\n', {}, "field.jsonl, line 1: there is no field 'prompt'"),
+    "empty": ('{"prompt": " ", "attribute": "a"}\n', {}, "empty.jsonl, line 1: the text (`prompt`) is empty"),
+    "latin": ('{"prompt": "caf\xe9", "attribute": "a"}\n', {}, "latin.jsonl, line 1: is not UTF-8"),
+    "few": ("", {"samples": 10}, "few.jsonl: has 12 different usable texts"),
+    "same": (FACT.format(1) * 3, {"store": 9}, "same.jsonl: has 12 different usable texts (15 records"),
+    "answers": ("", {"target": "answer"}, "answers.jsonl: has 0 texts with an answer"),
+    "foils": ("", {"outcomes": ["foil"]}, "foils.jsonl: has 0 texts with a foil"),
+}
+
+
+def test_ten_problems_are_reported_at_once(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(check.devices, "cuda_memory", list)
     raw = values()
-    for name in ("bad JSON", "a missing field", "no UTF-8", "no CUDA", "no tokenizer"):
-        BROKEN[name][0](root, raw)
-    errors = check.problems(config(root, raw))
-    assert len(errors) == 5
-    assert check.message(errors).startswith("Error: 5 problems, found before any job:\n- ")
+    experiment = raw["experiments"].pop("grid")
+    for name, (text, changes, _) in TEN_FILES.items():
+        raw["datasets"][name] = {"path": f"data/{name}.jsonl", "text": "prompt", "answer": "attribute"}
+        raw["datasets"][name] |= {"foil": "foil"} if name == "foils" else {}
+        lines = text + "".join(FACT.format(n) for n in range(12))
+        if name == "foils":
+            lines = lines.replace("}", ', "foil": null}')
+        if name == "answers":
+            lines = re.sub(r'"a \d+"', "null", lines)
+        (root / f"data/{name}.jsonl").write_bytes(lines.encode("latin-1"))
+        raw["experiments"][f"of-{name}"] = {**experiment, "datasets": [name], **changes}
+    for change in ("no CUDA", "no tokenizer"):
+        BROKEN[change][0](root, raw)
+    (root / "mine.yaml").write_text(yaml.safe_dump(raw))
+    assert check.main(["--configfile", "mine.yaml"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Error: 10 problems, found before any job:\n- ")
+    assert printed.count("\n- ") == 10 and printed.count("What to do: ") == 10
+    for _, _, fact in TEN_FILES.values():
+        assert fact in printed, printed
+    assert "models.demo.device: 'cuda:1' is not available" in printed and "has no tokenizer files" in printed
 
 
 def test_devices_of_other_machines_are_not_checked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
