@@ -6,6 +6,10 @@ import tiny_models
 import torch
 import trained_like
 from selfrepair.effects import reference
+from selfrepair.effects.clean import clean_run
+from selfrepair.effects.engine import ablate
+from selfrepair.effects.heads import heads_unembed
+from selfrepair.effects.rows import RowBlock
 from selfrepair.errors import InputError
 from selfrepair.models import hooks
 from selfrepair.models.loading import wrap
@@ -77,6 +81,40 @@ def test_every_head_replaced_alone_agrees_with_a_hooked_forward(loaded):
             ).logits
             assert float((actual - expected).abs().max()) < 1e-8
             assert float((actual - clean.logits).abs().max()) > 1e-3
+
+
+BIASED = {"llama, multi-query, biases", "gpt2", "gpt_neox", "gpt_neox, sequential", "bloom"}
+
+
+def test_heads_and_the_bias_add_up_to_the_attention(loaded, request):
+    """f(x) = bias + sum of the heads' parts; all heads zeroed at once = attention zeroed plus the bias (method)."""
+    case = request.node.callspec.params["loaded"]
+    layer, whole = 1, Site(1, "attn")
+    ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(3))
+    run = clean_run(loaded, [0, 1], ids, positions="last", heads=True)
+    bias = loaded.from_heads(layer, torch.zeros(2, loaded.heads(layer).n_heads * 16))  # f(0)
+    assert bool(bias.abs().max() > 1e-3) == (case in BIASED)
+    of_bias = run.direction.effect(bias[:, None])[:, 0]
+    if case != "gemma2":  # a post-norm scales the sum of the parts by its size
+        of_heads = heads_unembed(loaded, run, slice(0, 2), loaded.head_sites(layer)).sum(1)
+        torch.testing.assert_close(of_heads + of_bias, run.effects["attn"][:, layer], atol=1e-9, rtol=0)
+        assert of_heads.abs().max() > 1e-3
+
+    values = torch.stack([bias, torch.zeros_like(bias)], 1)[:, :, None]  # (prompt, bias or zero, P, d_model)
+    found = ablate(loaded, [RowBlock(run, slice(0, 2), values)], whole, "last", "full")
+    silent, zeroed = found.direct_effect.view(2, 2).unbind(1)
+    torch.testing.assert_close(silent, zeroed + of_bias, atol=1e-9, rtol=0)
+
+    def silenced(x):
+        changed = x.clone()
+        changed.reshape(9, -1)[-1] = 0
+        return changed
+
+    for prompt in range(2):
+        with hooks.on_input([(loaded.projection(layer), silenced)]):
+            logits = reference.forward(loaded, ids[prompt]).logits
+        expected = logits[run.direction.target[prompt]] - logits.mean()
+        assert float(found.ablated_logit[2 * prompt]) == pytest.approx(float(expected), abs=1e-8)
 
 
 def _query_rows(model_type, layer, head):
