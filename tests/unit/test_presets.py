@@ -1,6 +1,8 @@
 """Presets: each one loads, names sources and costs, and its stated cost is what `make estimate` computes."""
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import projects
@@ -9,10 +11,12 @@ import real_configs
 import yaml
 from selfrepair.planning import config_loading, grid, modelsize
 from selfrepair.planning.config import Config
+from selfrepair.prompts import readers
 from selfrepair.storage import checkpoints
 from selfrepair.tools import estimate
 
 PRESETS = sorted((Path(__file__).parents[2] / "workflow/presets").glob("*.yaml"))
+COSTED = [file for file in PRESETS if " TFLOP, " in file.read_text("utf-8")]
 FACTS = [file for file in PRESETS if "known_1000.json" in file.read_text("utf-8")]
 GATED = ("meta-llama/", "google/gemma")
 CHARACTERS = 40  # of a prompt, as the presets' comments say
@@ -36,8 +40,10 @@ def load(file: Path, root: Path) -> Config:
     for dataset in values["datasets"].values():
         path = root / dataset["path"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        prompt = "x" * CHARACTERS
-        path.write_text(f'[{{"prompt": "{prompt}", "attribute": "y"}}]')
+        length = re.search(r"prompts of (\d+) characters", file.read_text("utf-8"))
+        record = {"prompt": "x" * int(length[1] if length else CHARACTERS)}
+        record |= dict.fromkeys(("attribute", "answer", "foil"), "y")
+        path.write_text(json.dumps(record if path.suffix == ".jsonl" else [record]))
     return config_loading.load_config(values, root, file.name, sources=[file])
 
 
@@ -73,7 +79,7 @@ def test_sizes_of_the_real_models(name: str, tmp_path: Path) -> None:
     assert 0.97 <= size.parameters / 1e6 / real_configs.PARAMETERS[name] <= most
 
 
-@pytest.mark.parametrize("file", FACTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", COSTED, ids=lambda file: file.name)
 def test_stated_costs_are_those_of_the_estimate(file: Path, tmp_path: Path) -> None:
     expected = cost_lines(load(file, tmp_path))
     stated = [line for line in file.read_text("utf-8").splitlines() if " TFLOP, " in line]
@@ -107,6 +113,24 @@ def test_every_model_has_a_preset_and_is_in_the_atlas(tmp_path: Path) -> None:
                 revisions.setdefault(model.path, set()).add(model.revision)
     assert set(revisions) == set(real_configs.CONFIGS)
     assert all(len(found) == 1 for found in revisions.values())  # the same revision in every preset
+
+
+def test_ioi_follows_the_difference_of_the_two_names() -> None:
+    """With the data set of the repository: every head of GPT-2 small, read at the last position."""
+    root = PRESETS[0].parents[2]
+    config = config_loading.load_file(root / "workflow/presets/ioi.yaml", root)
+    experiment = config.experiments["ioi"]
+    assert (experiment.positions, experiment.target, experiment.outcomes) == (
+        "last",
+        "answer",
+        ("logit", "foil"),
+    )
+    assert set(experiment.components) == {"attn", "mlp", "heads"} and experiment.layers is None
+    found = readers.check(config.datasets["ioi"])
+    assert found.answers == found.foils == found.texts >= experiment.samples + experiment.store
+    assert statistics.fmean(
+        len(text.text) for text in readers.texts(config.datasets["ioi"])
+    ) == pytest.approx(75, abs=5)
 
 
 def test_emergence_covers_the_training(tmp_path: Path) -> None:
