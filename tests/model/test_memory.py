@@ -199,7 +199,8 @@ def test_logits_over_the_vocabulary_are_read_a_few_prompts_at_a_time(loaded, mon
     ids = torch.randint(3, 200, (10, 4), generator=torch.Generator().manual_seed(0))
     whole = clean_run(loaded, list(range(10)), ids, positions="last", target=torch.arange(10))
     largest, logits = [], loaded.readout.logits
-    monkeypatch.setattr(clean, "_PROMPTS_READ", 3)
+    monkeypatch.setattr(clean, "_READ_AT_ONCE", 3)
+    monkeypatch.setattr(clean, "_LOGITS_AT_ONCE", 0)
     monkeypatch.setattr(loaded.readout, "logits", lambda z: largest.append(len(z)) or logits(z))
     parts = clean_run(loaded, list(range(10)), ids, positions="last", target=torch.arange(10))
     assert largest == [3, 3, 3, 1]

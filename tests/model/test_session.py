@@ -78,7 +78,7 @@ def test_data_sets_of_the_same_lengths_share_one_self_test(monkeypatch):
     loaded = wrap(tiny_models.build("llama"))
     checked = []
 
-    def choose(loaded, prompts, positions):
+    def choose(loaded, prompts, positions, read):
         checked.append([len(ids) for ids in prompts])
         return original(loaded, prompts, positions)
 

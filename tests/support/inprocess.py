@@ -41,7 +41,7 @@ def _measure(plan: Plan, session: Session, experiment: Experiment, model: str) -
     for cell in grid.cells(plan.config):
         if (cell.experiment, cell.model) == (experiment.name, model):
             one: Any = SimpleNamespace(**{**cell._asdict(), "layer": str(cell.layer)})
-            files = grid.cell_files(*cell, heads=grid.reads_heads(experiment))
+            files = grid.cell_files(*cell, kinds=grid.extra_files(experiment))
             _run(effects, session, plan.cell_inputs(one), files, plan.effects(one))
     inputs = {
         "cells": plan.cells_of(every),

@@ -50,7 +50,7 @@ def test_every_cell_is_listed_with_its_digest(plan: Plan) -> None:
 
 def test_the_changes_of_later_heads_are_listed_beside_their_cell(plan: Plan) -> None:
     cells = [write_cell(cell) for cell in CELLS]
-    heads = [write_cell(cell, grid.downstream_heads_path(*cell)) for cell in CELLS]
+    heads = [write_cell(cell, grid.extra_path(grid.DOWNSTREAM_HEADS, *cell)) for cell in CELLS]
     inputs = {"cells": cells, "downstream_heads": heads}
     manifest.run(Job("manifest", inputs, {"manifest": "manifest.parquet"}, {}), None)
     rows = tables.read("manifest.parquet").to_pylist()

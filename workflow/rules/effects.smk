@@ -1,5 +1,5 @@
-# With heads a cell has a second file, and a rule must name its outputs: one rule for cells with and one without.
-for name, (heads, experiments) in grid.effects_rules(PLAN.config).items():
+# Some cells have further files, and a rule must name its outputs: one rule for each set of files.
+for name, (kinds, experiments) in grid.effects_rules(PLAN.config).items():
 
     rule:
         name:
@@ -7,7 +7,7 @@ for name, (heads, experiments) in grid.effects_rules(PLAN.config).items():
         input:
             unpack(PLAN.cell_inputs),
         output:
-            **grid.cell_files("{experiment}", "{model}", "{source}", "{ablation}", "{layer}", heads=heads),
+            **grid.cell_files("{experiment}", "{model}", "{source}", "{ablation}", "{layer}", kinds=kinds),
         log:
             grid.log_path(
                 "{experiment}",

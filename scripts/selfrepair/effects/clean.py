@@ -17,30 +17,36 @@ from selfrepair.models.loading import LoadedModel
 from selfrepair.models.readout import Direction, Readout
 from selfrepair.planning.sites import COMPONENTS, Site, contributions
 
-_PROMPTS_READ = 64  # prompts whose logits over the whole vocabulary are computed at once
+_READ_AT_ONCE = 64  # readings whose logits over the whole vocabulary are computed at once, at least
+_LOGITS_AT_ONCE = 1 << 24  # logits computed at once, if that is more readings
 
 
 @dataclass
 class CleanRun:
     """The clean run of prompts of one length T, with P = 1 (positions: last) or T (positions: all) kept positions.
 
+    A reading is one prompt read at one position. `read: last` has one reading per prompt, `read: every` one per
+    position that has a target; the readings of a prompt stay together, in the order of their positions.
     Activations are in the model's precision, effects in readout precision.
     """
 
     prompts: list[int]  # ids
     input_ids: Tensor  # (prompt, T)
-    direction: Direction
-    clean_y: Tensor  # (prompt,) centred target logit without the constant biases
-    effects: dict[str, Tensor]  # component -> (prompt, layer) direct effects u(c)
-    argmax: Tensor  # (prompt,) the model's own prediction
-    probability: Tensor  # (prompt,) of the target
-    embedding_effect: Tensor  # (prompt,) u(z^0)
-    closure_error: Tensor  # (prompt,) |z^L - z^0 - sum of contributions| / |z^L|
-    readout_error: Tensor  # (prompt,) |centred target logit here - the model's own|, after its soft-cap
-    own_norm: dict[str, Tensor]  # component -> (prompt, layer) the own-norm lens
+    position: Tensor  # (reading,) int64 on the CPU, from 0
+    direction: Direction  # of the readings
+    clean_y: Tensor  # (reading,) centred target logit without the constant biases
+    effects: dict[str, Tensor]  # component -> (reading, layer) direct effects u(c)
+    argmax: Tensor  # (reading,) the model's own prediction
+    probability: Tensor  # (reading,) of the target
+    embedding_effect: Tensor  # (reading,) u(z^0)
+    closure_error: Tensor  # (reading,) |z^L - z^0 - sum of contributions| / |z^L|
+    # (prompt,) |centred logit here - the model's own|, after its soft-cap: of the target with `read: last`, of the
+    # argmax at the last position with `read: every`
+    readout_error: Tensor
+    own_norm: dict[str, Tensor]  # component -> (reading, layer) the own-norm lens
     residual: dict[int, Tensor] = field(
         default_factory=dict
-    )  # layer -> (prompt, P, d_model) entering it; L: the final one, (prompt, 1, d_model)
+    )  # layer -> (prompt, P, d_model) entering it; L: the final one
     contributions: dict[Site, Tensor] = field(default_factory=dict)  # -> (prompt, P, d_model)
     # layer -> (prompt, P, head, width) input of the attention's output projection; empty unless asked for
     head_inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -70,6 +76,24 @@ class CleanRun:
         """Return T, tokens per prompt."""
         return self.input_ids.shape[1]
 
+    @property
+    def n_read(self) -> int:
+        """Return the number of readings per prompt."""
+        return len(self.position) // len(self.prompts)
+
+    @property
+    def read(self) -> slice:
+        """Return the positions that are read."""
+        return slice(int(self.position[0]), int(self.position[0]) + self.n_read)
+
+    def at_read(self, x: Tensor) -> Tensor:  # (row, P, ...) -> (reading, ...)
+        """Return the positions that are read of rows of whole sequences; with P = 1 the one there is."""
+        return (x if x.shape[1] == 1 else x[:, self.read]).flatten(0, 1)
+
+    def by_prompt(self, x: Tensor) -> Tensor:  # (reading, ...) -> (prompt, readings of a prompt, ...)
+        """Return a tensor of readings prompt by prompt."""
+        return x.unflatten(0, (len(self.prompts), self.n_read))
+
     def nbytes(self) -> int:
         """Return the bytes of the kept activations."""
         tensors = [*self.residual.values(), *self.contributions.values(), *self.head_inputs.values()]
@@ -85,22 +109,33 @@ def clean_run(
     input_ids: Tensor,  # (prompt, T) int64
     *,
     positions: str,
-    target: Tensor | None = None,  # (prompt,) token ids; None: the argmax of the clean logits
+    read: str = "last",  # last | every
+    # (prompt,) token ids, or (prompt, position) of the first positions for `read: every`; None: the argmax
+    target: Tensor | None = None,
     keep: Collection[int] | None = None,  # layers whose activations are wanted; None: all
     prefix: bool = False,  # record keys and values (models that support it)
     heads: bool = False,  # read the heads, keep the inputs of the output projections (models with heads)
 ) -> CleanRun:
     """Run prompts once and return their effects, and the activations of the layers in `keep`.
 
+    With `read: every` the prompts run twice: first for the targets and their directions, then for the direct effects,
+    because keeping every contribution at every position until the end would multiply the memory of the run.
+
+    With `read: every` no later heads are read: their directions would take as much memory as the contributions.
+
     Raises InputError for `heads` if the model's attention does not split into heads.
     """
-    readout, n_layers = loaded.readout, loaded.n_layers
+    n_layers = loaded.n_layers
     wanted = set(range(n_layers)) if keep is None else set(keep)
     batch, length = input_ids.shape
+    first, n_read = length - 1, 1
+    if read == "every":
+        first, n_read = 0, length if target is None else target.shape[1]
+    readings = _Readings(loaded, slice(first, first + n_read))
+    if read == "every":
+        readings.choose(*_final(loaded, input_ids), None if target is None else target.flatten())
     residual: dict[int, Tensor] = {}
     kept_contributions: dict[Site, Tensor] = {}
-    at_last: dict[Site, Tensor] = {}  # (prompt, d_model), readout precision
-    embedding: list[Tensor] = []
 
     trimmed = positions == "last" and trimming.is_exact(loaded)
 
@@ -115,7 +150,7 @@ def clean_run(
     def entering(number: int) -> Callable[[Tensor], None]:
         def see(hidden: Tensor) -> None:
             if number == 0:
-                embedding.append(hidden[:, -1].to(loaded.device, readout.dtype))
+                readings.note_embedding(hidden)
             if number in wanted:
                 residual[number] = kept(hidden)
 
@@ -128,7 +163,7 @@ def clean_run(
             value = hooks.first(output).reshape(batch, computed(site.layer), -1).expand(batch, length, -1)
             if multiplier != 1.0:
                 value = value * multiplier
-            at_last[site] = value[:, -1].to(loaded.device, readout.dtype).clone()
+            readings.note(site, value)
             if site.layer in wanted:
                 kept_contributions[site] = kept(value)
 
@@ -144,7 +179,8 @@ def clean_run(
         def see(x: Tensor) -> None:
             parts = x.reshape(batch, computed(number), split.n_heads, split.width)
             parts = parts.expand(batch, length, -1, -1)
-            heads_at_last[number] = parts[:, -1].to(loaded.device, readout.dtype)
+            if read == "last":
+                heads_at_last[number] = parts[:, -1].to(loaded.device, loaded.readout.dtype)
             if number in wanted:
                 head_inputs[number] = kept(parts)
 
@@ -160,14 +196,17 @@ def clean_run(
         return see
 
     def leaving(output: object) -> None:
-        residual[n_layers] = hooks.first(output)[:, -1:].clone()
+        final = hooks.first(output)
+        residual[n_layers] = (final if read == "every" else final[:, -1:]).clone()
 
     outputs = [(loaded.contribution(site), contributing(site)) for site in contributions(n_layers)]
     inputs: list[tuple[nn.Module, Callable[[Tensor], Tensor | None]]] = []
     if trimmed:
         inputs += trimming.trims(loaded)  # before the hooks that read the same inputs
     inputs += [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
-    if heads:
+    if heads and read == "every":
+        inputs += [(loaded.projection(number), projecting(number)) for number in sorted(wanted)]
+    elif heads:
         inputs += [(loaded.projection(number), projecting(number)) for number in range(n_layers)]
         modules = [(number, post_norm_module(loaded, number)) for number in range(n_layers)]
         inputs += [(module, normalizing(number)) for number, module in modules if module is not None]
@@ -182,61 +221,142 @@ def clean_run(
     ):
         output = loaded.model(input_ids=input_ids, use_cache=False, **loaded.last_logits_only)
 
-    final = residual[n_layers][:, -1].to(readout.dtype)
-    # One readout serves every precision: float32 or better, from the final residual stream. In float32 and
-    # float64 it agrees with the model's own logits to rounding. For 16-bit models it picks the target, because
-    # their own logits tie and flip in the last bit.
-    argmax, chosen, probability, readout_error = _read(readout, final, output.logits[:, -1], target)
-    direction = readout.direction(chosen, final)
-    clean_y, _ = readout.centred_logit(final, direction)
-    per_sigma = direction.w / direction.sigma[:, None]  # (prompt, d_model)
+    if read == "last":
+        readings.choose(residual[n_layers], output.logits[:, -1], target)
+    columns = readings.columns()
+    direction = columns["direction"]
+    per_sigma = direction.w / direction.sigma[:, None]  # (reading, d_model)
     head_readout = {number: pull_back(loaded, number, per_sigma) for number in heads_at_last}
     head_effects = {
         number: torch.linalg.vecdot(parts, head_readout[number]) for number, parts in heads_at_last.items()
     }
     for number, scale in scales.items():
         head_effects[number] = head_effects[number] / scale[:, None]
-    stacked = {c: torch.stack([at_last[Site(n, c)] for n in range(n_layers)], 1) for c in COMPONENTS}
-    rebuilt = embedding[0] + stacked["attn"].sum(1) + stacked["mlp"].sum(1)
     return CleanRun(
         prompts=list(prompts),
         input_ids=input_ids,
-        direction=direction,
-        clean_y=clean_y,
-        effects={component: direction.effect(x) for component, x in stacked.items()},
-        argmax=argmax,
-        probability=probability,
-        embedding_effect=direction.effect(embedding[0]),
-        closure_error=(rebuilt - final).norm(dim=-1) / final.norm(dim=-1),
-        readout_error=readout_error,
-        own_norm={component: readout.centred_logit(x, direction)[0] for component, x in stacked.items()},
+        position=torch.arange(first, first + n_read).repeat(batch),
         residual=residual,
         contributions=kept_contributions,
         head_inputs=head_inputs,
         head_effects=head_effects,
         head_readout=head_readout,
         prefix=keys_values,
+        **columns,
     )
+
+
+def _final(loaded: LoadedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the final residual stream (prompt, T, d_model) and the model's logits at the last position."""
+    final: list[Tensor] = []
+    with hooks.on_output([(loaded.layers[-1], lambda output: final.append(hooks.first(output).clone()))]):
+        output = loaded.model(input_ids=input_ids, use_cache=False, **loaded.last_logits_only)
+    return final[0], output.logits[:, -1]
+
+
+class _Readings:
+    """The readings of one run: targets and directions, and the direct effects of what is added to the stream.
+
+    With `read: last` the contributions at the last position are kept until the direction is known. With `read: every`
+    the direction is known before, and every contribution is reduced to its effects at once.
+    """
+
+    def __init__(self, loaded: LoadedModel, read: slice) -> None:
+        self._readout, self._n_layers, self._read = loaded.readout, loaded.n_layers, read
+        self._device = loaded.device
+        self._chosen: dict[str, Any] | None = None
+        self._waiting: dict[Site, Tensor] = {}  # -> (reading, d_model)
+        self._effects: dict[Site, tuple[Tensor, Tensor]] = {}  # -> (reading,) effect, own-norm lens
+        self._sum: Tensor | None = None  # (reading, d_model) z^0 and the contributions so far
+        self._embedding: Tensor | None = None  # (reading, d_model)
+
+    def _at_read(self, x: Tensor) -> Tensor:  # (prompt, T, d_model) -> (reading, d_model), readout precision
+        # Cloned: some models add into the tensors that hooks are given.
+        at_read = (x if x.shape[1] == 1 else x[:, self._read]).flatten(0, 1)
+        return at_read.to(self._device, self._readout.dtype).clone()
+
+    def choose(self, final: Tensor, own: Tensor, target: Tensor | None) -> None:
+        """Set the targets and directions.
+
+        `final`: (prompt, P, d_model). `own`: (prompt, vocabulary), the model's own logits at the last position.
+        `target`: (reading,); None: the argmax.
+        """
+        at_read = self._at_read(final)
+        # One readout serves every precision: float32 or better, from the final residual stream. In float32 and
+        # float64 it agrees with the model's own logits to rounding. For 16-bit models it picks the target, because
+        # their own logits tie and flip in the last bit.
+        last = final[:, -1].to(at_read)
+        argmax, chosen, probability, error = _read(self._readout, at_read, target, own)
+        if len(own) < len(at_read):  # several readings per prompt
+            error = _read(self._readout, last, None, own)[3]
+        direction = self._readout.direction(chosen, at_read)
+        clean_y, _ = self._readout.centred_logit(at_read, direction)
+        self._final = at_read
+        self._chosen = {
+            "direction": direction,
+            "clean_y": clean_y,
+            "argmax": argmax,
+            "probability": probability,
+            "readout_error": error,
+        }
+        for site, value in self._waiting.items():
+            self._reduce(site, value)
+        self._waiting.clear()
+
+    def note_embedding(self, hidden: Tensor) -> None:
+        """Record the input of the first layer."""
+        self._embedding = self._at_read(hidden)
+        self._sum = self._embedding.clone()
+
+    def note(self, site: Site, value: Tensor) -> None:
+        """Record a contribution."""
+        at_read = self._at_read(value)
+        if self._chosen is None:
+            self._waiting[site] = at_read
+        else:
+            self._reduce(site, at_read)
+
+    def _reduce(self, site: Site, value: Tensor) -> None:
+        assert self._chosen is not None and self._sum is not None
+        direction = self._chosen["direction"]
+        self._effects[site] = direction.effect(value), self._readout.centred_logit(value, direction)[0]
+        self._sum += value
+
+    def columns(self) -> dict[str, Any]:
+        """Return the fields of CleanRun that are measured at the positions read."""
+        assert self._chosen is not None and self._sum is not None and self._embedding is not None
+        by_component = {
+            c: [self._effects[Site(layer, c)] for layer in range(self._n_layers)] for c in COMPONENTS
+        }
+        return self._chosen | {
+            "effects": {c: torch.stack([effect for effect, _ in x], 1) for c, x in by_component.items()},
+            "own_norm": {c: torch.stack([lens for _, lens in x], 1) for c, x in by_component.items()},
+            "embedding_effect": self._chosen["direction"].effect(self._embedding),
+            "closure_error": (self._sum - self._final).norm(dim=-1) / self._final.norm(dim=-1),
+        }
 
 
 def _read(
     readout: Readout,
-    final: Tensor,  # (prompt, d_model)
-    own: Tensor,  # (prompt, vocabulary) the model's own logits
-    target: Tensor | None,  # (prompt,)
+    final: Tensor,  # (reading, d_model)
+    target: Tensor | None,  # (reading,)
+    own: Tensor,  # (reading, vocabulary) the model's own logits; other numbers of rows are not compared
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return argmax, target, the target's probability and the readout's error of each prompt, all (prompt,).
+    """Return argmax, target, the target's probability and the readout's error of each reading, all (reading,).
 
-    Prompts are read in chunks, because float32 logits over the vocabulary would be the largest tensor of the run.
+    Readings are read in chunks, because float32 logits over the vocabulary would be the largest tensor of the run.
     """
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for first in range(0, len(final), _PROMPTS_READ):
-        part = slice(first, first + _PROMPTS_READ)
+    size = max(_READ_AT_ONCE, _LOGITS_AT_ONCE // readout.vocabulary)
+    for first in range(0, len(final), size):
+        part = slice(first, first + size)
         logits = readout.logits(final[part])
         argmax = logits.argmax(-1)
         chosen = argmax if target is None else target[part].to(argmax.device)
         capped = readout.capped(logits)
-        error = (centred(capped, chosen) - centred(own[part].to(readout.dtype), chosen)).abs()
+        error = torch.empty(0, dtype=logits.dtype, device=logits.device)
+        if len(own) == len(final):
+            error = (centred(capped, chosen) - centred(own[part].to(readout.dtype), chosen)).abs()
         columns.append((argmax, chosen, capped.softmax(-1).gather(-1, chosen[:, None])[:, 0], error))
     argmaxes, targets, probabilities, errors = (torch.cat(column) for column in zip(*columns, strict=True))
     return argmaxes, targets, probabilities, errors

@@ -11,6 +11,8 @@ positions `all`
     trimmed  replay whose last layer computes its output projection and MLP for the last position only
     replay   the layers from the ablated one on, from the clean residual stream that enters it
     full     the whole model
+
+With `read: every` the effects are read at all positions, so `trimmed` cannot be used.
 """
 
 from dataclasses import replace
@@ -29,6 +31,11 @@ NONE_ASKED = outcomes.Asked()
 PATHS = {"last": ("rows", "decode", "full"), "all": ("trimmed", "replay", "full")}
 
 
+def paths(positions: str, read: str) -> tuple[str, ...]:
+    """Return the paths for these positions, fastest first; `read` is last or every."""
+    return tuple(path for path in PATHS[positions] if read == "last" or path != "trimmed")
+
+
 @torch.no_grad()
 def ablate(
     loaded: LoadedModel,
@@ -41,7 +48,8 @@ def ablate(
     """Replace the contribution at `site` in every row and return the effects and the outcomes that are asked for.
 
     All blocks must have one length T, except on path `rows`. Rows are returned block by block, prompt by prompt,
-    draw by draw. Raises HookSilentError if a hook did not fire exactly once, ValueError for an unknown path.
+    draw by draw, position by position. Raises HookSilentError if a hook did not fire exactly once, ValueError for an
+    unknown path.
     """
     return _measured(loaded, Rows(loaded, blocks, site, positions), path, asked)
 
@@ -74,23 +82,27 @@ def ablate_and_read_heads(
 def restart_error(loaded: LoadedModel, block: RowBlock, start: int, positions: str, path: str) -> float:
     """Return how far the output of layer `start` (from 1 on) is from its clean output if a run begins there.
 
-    The block's value must be the clean MLP contribution of layer `start - 1`. The error is at the last position,
-    relative to what the layer adds. It is large for a layer that reads more of the earlier layers than the residual
-    stream (shared keys and values, a shared choice of positions).
+    The block's value must be the clean MLP contribution of layer `start - 1`. The error is at the positions that are
+    read, relative to what the layer adds. It is large for a layer that reads more of the earlier layers than the
+    residual stream (shared keys and values, a shared choice of positions).
     """
     rows = Rows(loaded, [block], Site(start - 1, MLP), positions, until=start)
     actual = _final(loaded, rows, path).to(loaded.device)
-    before = rows.clean_rows(lambda run: run.residual[start], last=True)[:, 0].to(loaded.device)
-    after = rows.clean_rows(lambda run: run.residual[start + 1], last=True)[:, 0].to(loaded.device)
+    before = rows.clean_readings(lambda run: run.residual[start]).to(loaded.device)
+    after = rows.clean_readings(lambda run: run.residual[start + 1]).to(loaded.device)
     added = torch.maximum((after - before).norm(dim=-1), 0.05 * after.norm(dim=-1))
     return float(((actual - after).norm(dim=-1) / added).max())
 
 
-def _final(loaded: LoadedModel, rows: Rows, path: str) -> Tensor:  # (row, d_model)
-    """Run the rows and return the output of the layer that is read, at the last position."""
-    if path not in PATHS[rows.positions]:
-        known = ", ".join(PATHS[rows.positions])
-        raise ValueError(f"unknown path {path!r} for positions {rows.positions!r}: use one of {known}")
+def _final(loaded: LoadedModel, rows: Rows, path: str) -> Tensor:  # (reading, d_model)
+    """Run the rows and return the output of the layer that is read, at the positions that are read."""
+    run = rows.blocks[0].run
+    read = "last" if run.n_read == 1 and int(run.position[0]) == run.length - 1 else "every"
+    if path not in paths(rows.positions, read):
+        known = ", ".join(paths(rows.positions, read))
+        raise ValueError(
+            f"unknown path {path!r} for positions {rows.positions!r}, read {read!r}: use one of {known}"
+        )
     if path == "rows":
         return passes.in_sequence(loaded, rows)
     if path == "decode":

@@ -37,16 +37,20 @@ def contributions_with_parts(
 @torch.no_grad()
 def heads_unembed(
     loaded: LoadedModel, run: CleanRun, prompts: slice, sites: Sequence[Site]
-) -> Tensor:  # (prompt, site)
-    """Return delta_unembed of heads of one layer: u(a) - u(f(x with the head's part = 0)) at the last position.
+) -> Tensor:  # (prompt, site, position read)
+    """Return delta_unembed of heads of one layer: u(a) - u(f(x with the head's part = 0)) at the positions read.
 
     The bias of the output projection belongs to no head.
     """
     layer, component = sites[0].layer, sites[0].component
-    x = run.head_inputs[layer][prompts, -1]  # (prompt, head, width)
-    x = x[:, None].repeat(1, len(sites), 1, 1)  # (prompt, site, head, width)
+    x = run.head_inputs[layer][prompts]  # (prompt, P, head, width)
+    x = x if x.shape[1] == 1 else x[:, run.read]
+    x = x[:, None].repeat(1, len(sites), 1, 1, 1)  # (prompt, site, position read, head, width)
     for number, site in enumerate(sites):
-        x[:, number, site.index] = 0
-    w, sigma = run.direction.w[prompts, None], run.direction.sigma[prompts, None]
-    contribution = loaded.from_heads(layer, x.flatten(-2)).to(w)  # (prompt, site, d_model)
-    return run.effects[component][prompts, layer, None] - torch.linalg.vecdot(contribution, w) / sigma
+        x[:, number, :, site.index] = 0
+    w, sigma, own = (
+        run.by_prompt(readings)[prompts, None]  # (prompt, 1, position read, ...)
+        for readings in (run.direction.w, run.direction.sigma, run.effects[component][:, layer])
+    )
+    contribution = loaded.from_heads(layer, x.flatten(-2)).to(w)
+    return own - torch.linalg.vecdot(contribution, w) / sigma

@@ -53,6 +53,30 @@ class _Rectangle:
         return slice(self.prompts.start, self.prompts.stop)
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """Which rows ran at once: integers, one per row and position read."""
+
+    prompt: np.ndarray
+    site: np.ndarray  # number of the site among those that share passes
+    draw: np.ndarray
+    position: np.ndarray
+    target: np.ndarray
+
+    @classmethod
+    def from_blocks(cls, group: list[_Rectangle], blocks: list[RowBlock]) -> "_Keys":
+        """Return the keys of the rows of rectangles, in the order of the engine."""
+        keys: list[np.ndarray] = []
+        for rectangle, block in zip(group, blocks, strict=True):
+            run, n_read = block.run, block.run.n_read
+            prompts = np.array(run.prompts)[rectangle.slice]
+            rows = np.stack(np.meshgrid(prompts, rectangle.sites, rectangle.draws, indexing="ij"))
+            read = torch.stack([run.position, run.direction.target.cpu()])  # (2, reading of the run)
+            per_reading = block.per_reading(read.T).T.numpy()
+            keys.append(np.concatenate([rows.reshape(3, -1).repeat(n_read, 1), per_reading]))
+        return cls(*np.concatenate(keys, 1))
+
+
 def measure(
     loaded: LoadedModel,
     runs: CleanRuns,
@@ -60,11 +84,12 @@ def measure(
     settings: Settings,
     later_heads: LaterHeads | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the effect columns of a cell. Rows are ordered by site, prompt (as batched) and draw.
+    """Return the effect columns of a cell. Rows are ordered by site, prompt (as batched), draw and position.
 
-    `later_heads` is filled if it is given; the clean runs must then have been made with heads.
+    `later_heads` is filled if it is given; the clean runs must then have been made with heads and `read: last`.
 
-    Besides the columns of `Effects` there are `site` (an index into `settings.sites`), `prompt` and `draw`.
+    Besides the columns of `Effects` there are `site` (an index into `settings.sites`), `prompt`, `draw`, `position`
+    (the position that is read) and `target` (its target token).
     Outcomes that were not computed are left out. If a GPU runs out of memory, passes are halved and repeated;
     raises InputError if one row alone does not fit.
     """
@@ -74,9 +99,9 @@ def measure(
         if later_heads is not None:
             later_heads.start(sites)
         for effects, rows in _pieces(loaded, runs, ablation, sites, settings, later_heads):
-            parts["site"].append(np.array([number_of[sites[site]] for _, site, _ in rows]))
-            parts["prompt"].append(np.array([prompt for prompt, _, _ in rows]))
-            parts["draw"].append(np.array([draw for _, _, draw in rows]))
+            parts["site"].append(np.array([number_of[sites[number]] for number in rows.site]))
+            for name in ("prompt", "draw", "position", "target"):
+                parts[name].append(getattr(rows, name))
             for name in COLUMNS:
                 values = getattr(effects, name)
                 if values is not None:
@@ -106,8 +131,8 @@ def _pieces(
     sites: list[Site],
     settings: Settings,
     later_heads: LaterHeads | None,
-) -> Iterator[tuple[Effects, list[tuple[int, int, int]]]]:
-    """Yield the effects of the rows that run at once, with (prompt, number of the site, draw) of each row."""
+) -> Iterator[tuple[Effects, _Keys]]:
+    """Yield the effects of the rows that run at once, with their keys."""
     layer = sites[0].layer
     pending = list(reversed(list(_rectangles(runs, settings, len(sites)))))
     while pending:
@@ -138,14 +163,7 @@ def _pieces(
             continue
         if later_heads is not None and changes is not None:
             _add(later_heads, group, effects, changes)
-        rows = [
-            (prompt.id, site, draw)
-            for rectangle in group
-            for prompt in runs.batches[rectangle.batch].prompts[rectangle.slice]
-            for site in rectangle.sites
-            for draw in rectangle.draws
-        ]
-        yield effects, rows
+        yield effects, _Keys.from_blocks(group, blocks)
 
 
 def _add(later_heads: LaterHeads, group: list[_Rectangle], effects: Effects, changes: HeadChanges) -> None:

@@ -34,13 +34,18 @@ def rows_per_chunk(vocabulary: int, itemsize: int) -> int:
 def outcomes(rows: Rows, final: Tensor, asked: Asked) -> dict[str, Tensor]:  # (row, d_model) -> (row,) each
     """Return the columns of the outcomes that are asked for, from the final residual streams of ablated runs."""
     readout = rows.loaded.readout
-    clean, reading = rows.readings()
-    target = torch.cat([block.run.direction.target[block.prompts] for block in rows.blocks])[reading]
+    clean, reading = rows.clean_finals()
+    target = rows.per_reading(lambda run: run.direction.target)
     columns: dict[str, Tensor] = {}
     if set(asked.names) & set(DISTRIBUTION):
         columns |= distribution_changes(readout, clean, reading, final, target, asked.names)
     if FOIL in asked.names:
-        prompts = [prompt for block in rows.blocks for prompt in block.run.prompts[block.prompts]]
+        prompts = [
+            prompt
+            for block in rows.blocks
+            for prompt in block.run.prompts[block.prompts]
+            for _ in range(block.run.n_read)
+        ]
         foil = torch.tensor([asked.foils[prompt] for prompt in prompts], device=final.device)
         columns[OUTCOMES[FOIL]] = foil_change(readout, clean, reading, final, target, foil)
     return columns

@@ -38,8 +38,8 @@ def _entry(rows: Rows) -> _Entry:
     kept = rows.clean_rows(lambda run: run.contributions[site.other])
     # The order in which the layer itself adds: attention first.
     first, second = (rows.value, kept) if site.component == ATTN else (kept, rows.value)
-    rows.observe(site, rows.value[:, -1])
-    rows.observe(site.other, kept[:, -1])
+    rows.observe(site, rows.at_read(rows.value))
+    rows.observe(site.other, rows.at_read(kept))
     return _Entry(site.layer + 1, entering + first + second, replaces=False)
 
 
@@ -89,17 +89,17 @@ def _run(
     rows: Rows,
     entry: _Entry | None,  # None: the whole model
     input_ids: Tensor,
-    last_of: Callable[[Tensor], Tensor],  # an activation as the pass shapes it -> (row, width)
+    read_of: Callable[[Tensor], Tensor],  # an activation as the pass shapes it -> (reading, width)
     inject: Callable[[Tensor], Tensor],  # a contribution's module output -> the same with the value inserted
     *,
     skip_mixer: bool,
     extra: list[contextlib.AbstractContextManager[Any]],
     **kwargs: Any,
-) -> Tensor:  # (row, d_model)
+) -> Tensor:  # (reading, d_model)
     """Run the rows once from `entry` to the last layer that is read, and return that layer's output."""
     loaded = rows.loaded
     if entry is not None and entry.start == loaded.n_layers:
-        return entry.hidden.reshape(len(rows.value), -1, entry.hidden.shape[-1])[:, -1]
+        return rows.at_read(entry.hidden.reshape(len(rows.value), -1, entry.hidden.shape[-1]))
     start = 0 if entry is None else entry.start
     final: list[Tensor] = []
 
@@ -110,16 +110,16 @@ def _run(
         def hook(output: Any) -> Any:
             value = hooks.first(output)
             if ablated:
-                rows.observe(site, rows.value[:, -1])
+                rows.observe(site, rows.at_read(rows.value))
                 return hooks.with_first(output, inject(value))
-            at_last = last_of(value)
-            rows.observe(site, at_last if multiplier == 1.0 else at_last * multiplier)
+            at_read = read_of(value)
+            rows.observe(site, at_read if multiplier == 1.0 else at_read * multiplier)
             return None
 
         return hook
 
     def finish(output: Any) -> None:
-        final.append(last_of(hooks.first(output)).clone())
+        final.append(read_of(hooks.first(output)).clone())
         raise hooks.StopForward
 
     outputs = [
@@ -135,7 +135,7 @@ def _run(
             stack.enter_context(context)
         stack.enter_context(hooks.on_output([*outputs, (loaded.layers[rows.until], finish)]))
         if rows.heads is not None:
-            stack.enter_context(hooks.on_input(rows.heads.hooks(last_of)))
+            stack.enter_context(hooks.on_input(rows.heads.hooks(read_of)))
         hooks.run_until_stopped(loaded.model, input_ids=input_ids, **kwargs)
     if not final:
         raise HookSilentError(f"layer {rows.until} was not reached in an ablated run")
@@ -211,11 +211,13 @@ def _repeated(value: Any, rows: int, times: int) -> Any:
     return value
 
 
-def replaying(loaded: LoadedModel, rows: Rows, *, within: bool, trimmed: bool) -> Tensor:  # (row, d_model)
+def replaying(
+    loaded: LoadedModel, rows: Rows, *, within: bool, trimmed: bool
+) -> Tensor:  # (reading, d_model)
     """Run rows in the batch over whole sequences.
 
     With `within` the run begins at the ablated layer, else at the embedding. With `trimmed` the last layer works
-    on the last position only, where that is possible.
+    on the last position only, where that is possible and no other position is read.
     """
     multiplier = loaded.layer(rows.site.layer).multiplier
     d_model = rows.value.shape[-1]
@@ -245,7 +247,7 @@ def replaying(loaded: LoadedModel, rows: Rows, *, within: bool, trimmed: bool) -
         rows,
         entry,
         ids,
-        lambda x: x.reshape(n_rows, -1, x.shape[-1])[:, -1],
+        lambda x: rows.at_read(x.reshape(n_rows, -1, x.shape[-1])),
         inject,
         skip_mixer=within,
         extra=[hooks.on_input(cuts)] if cuts else [],

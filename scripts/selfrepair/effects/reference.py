@@ -5,7 +5,7 @@ vocabulary. It shares with the engine only the paths of the contribution modules
 "downstream".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,26 @@ from selfrepair.planning.sites import Site, contributions
 
 @dataclass
 class ForwardPass:
-    """One full forward pass of one prompt, read at its last position, in float64."""
+    """One full forward pass of one prompt. Readings are at its last position unless another one is named."""
 
     contributions: dict[Site, Tensor]  # (T, d_model), residual multiplier included, model precision
     head_inputs: dict[
         int, Tensor
     ]  # layer -> (T, head, width) input of the output projection; layers with heads
-    final: Tensor  # (d_model,) z^L
-    logits: Tensor  # (vocabulary,) before soft-cap, with the model's scale
+    finals: Tensor  # (T, d_model) z^L
+    read: dict[
+        int, Tensor
+    ]  # position -> (vocabulary,) float64 logits before soft-cap, with the model's scale
+
+    @property
+    def final(self) -> Tensor:  # (d_model,)
+        """Return z^L at the last position."""
+        return self.finals[-1]
+
+    @property
+    def logits(self) -> Tensor:  # (vocabulary,)
+        """Return the logits at the last position."""
+        return self.read[len(self.finals) - 1]
 
     def ablatable(self, site: Site) -> Tensor:  # (T, d_model), or (T, width) for a head
         """Return the activation that an ablation of `site` replaces."""
@@ -41,11 +53,12 @@ def forward(
     loaded: LoadedModel,
     input_ids: Tensor,  # (T,)
     replace: tuple[Site, Tensor] | None = None,  # (T, d_model), or (1, d_model) for the last position only
+    read: Sequence[int] = (),  # positions whose logits are kept, from 0; the last one always is
 ) -> ForwardPass:
     """Run one prompt, with one contribution, or one head's part of the projection's input, replaced if given."""
     seen: dict[Site, Tensor] = {}
     final: list[Tensor] = []
-    raw: list[Tensor] = []
+    raw: dict[int, Tensor] = {}
 
     def watch(site: Site) -> Callable[[Any], Any]:
         multiplier = loaded.layer(site.layer).multiplier
@@ -84,16 +97,18 @@ def forward(
         for layer in range(loaded.n_layers)
         if loaded.layer(layer).heads is not None
     ]
+
+    def keep_logits(output: Tensor) -> None:
+        for position in {*read, len(input_ids) - 1}:
+            raw[position] = output[0, position].double() * loaded.adapter.logit_scale
+
     ends = [
-        (loaded.layers[-1], lambda output: final.append(hooks.first(output)[0, -1].clone())),
-        (
-            loaded.model.get_submodule(loaded.adapter.head_path),
-            lambda output: raw.append(output[0, -1].clone()),
-        ),
+        (loaded.layers[-1], lambda output: final.append(hooks.first(output)[0].clone())),
+        (loaded.model.get_submodule(loaded.adapter.head_path), keep_logits),
     ]
     with hooks.on_input(projections), hooks.on_output([*modules, *ends]):
         loaded.model(input_ids=input_ids[None], use_cache=False)
-    return ForwardPass(seen, head_inputs, final[0], raw[0].double() * loaded.adapter.logit_scale)
+    return ForwardPass(seen, head_inputs, final[0].reshape(len(input_ids), -1), raw)
 
 
 @torch.no_grad()
@@ -105,14 +120,18 @@ def effects(
     target: int,
     clean: ForwardPass | None = None,
     foil: int | None = None,
+    position: int | None = None,  # that is read, from 0; None: the last one
 ) -> Effects:
-    """Return all effects and outcomes of one ablation of one prompt, from two full forward passes.
+    """Return all effects and outcomes of one ablation of one prompt at one position, from two full forward passes.
 
     `foil_logit_change` is NaN without a foil.
     Tensors are float64 on the CPU and have no row dimension: scalars () and profiles (layer,).
     """
-    before = clean if clean is not None else forward(loaded, input_ids)
-    after = forward(loaded, input_ids, (site, value))
+    at_read = len(input_ids) - 1 if position is None else position
+    before = (
+        clean if clean is not None and at_read in clean.read else forward(loaded, input_ids, read=[at_read])
+    )
+    after = forward(loaded, input_ids, (site, value), read=[at_read])
     norm = loaded.readout.norm
     head = loaded.model.get_submodule(loaded.adapter.head_path)
     assert isinstance(head.weight, Tensor)
@@ -125,7 +144,7 @@ def effects(
         z = z - z.mean() if norm.centred else z
         return torch.sqrt((z * z).sum() / len(z) + norm.eps)
 
-    frozen = sigma(before.final)
+    frozen = sigma(before.finals[at_read])
 
     def unembed(vectors: list[Tensor]) -> list[float]:
         """Return u(x) of each vector: its target logit minus the mean over the whole vocabulary."""
@@ -140,15 +159,16 @@ def effects(
         return (weight[target].double() @ x - total / len(weight)).tolist()
 
     def logit(run: ForwardPass) -> float:
-        return float(run.logits[target] - run.logits.mean())
+        logits = run.read[at_read]
+        return float(logits[target] - logits.mean())
 
     sites = list(contributions(loaded.n_layers))
     whole = site.whole
-    vectors = [run.contributions[at][-1] for run in (before, after) for at in sites]
+    vectors = [run.contributions[at][at_read] for run in (before, after) for at in sites]
     silenced = before  # delta_unembed of a head is what its part adds to the contribution
     if site.index is not None:
         silenced = forward(loaded, input_ids, (site, torch.zeros_like(before.ablatable(site))))
-    effects_read = unembed([*vectors, silenced.contributions[whole][-1], before.final])
+    effects_read = unembed([*vectors, silenced.contributions[whole][at_read], before.finals[at_read]])
     own_unembed = effects_read[sites.index(whole)] - (effects_read[-2] if site.index is not None else 0.0)
     clean_effects = dict(zip(sites, effects_read, strict=False))
     ablated_effects = dict(zip(sites, effects_read[len(sites) :], strict=False))
@@ -164,7 +184,7 @@ def effects(
     mlp = [change(layer, "mlp") if layer >= first_mlp else 0.0 for layer in layers]
     biases = logit(before) - unbiased
     y_ablated = logit(after) - biases
-    own, replacement = (run.contributions[whole][-1].double() for run in (before, after))
+    own, replacement = (run.contributions[whole][at_read].double() for run in (before, after))
     lengths = float((own * own).sum().sqrt()), float((replacement * replacement).sum().sqrt())
     nan = float("nan")
     values: dict[str, float | list[float]] = {
@@ -173,17 +193,17 @@ def effects(
         "direct_effect": change(k, site.component),
         "compensation_attn": sum(attn),
         "compensation_mlp": sum(mlp),
-        "norm_effect": y_ablated * (1 - float(sigma(after.final) / frozen)),
+        "norm_effect": y_ablated * (1 - float(sigma(after.finals[at_read]) / frozen)),
         "clean_logit": logit(before),
         "ablated_logit": logit(after),
         "downstream_attn": attn,
         "downstream_mlp": mlp,
-        "sigma_ratio": float(frozen / sigma(after.final)),
+        "sigma_ratio": float(frozen / sigma(after.finals[at_read])),
         "replacement_norm_ratio": lengths[1] / lengths[0] if lengths[0] else nan,
         "replacement_cosine": float((own * replacement).sum()) / (lengths[0] * lengths[1])
         if all(lengths)
         else nan,
-        **_outcomes(loaded, before.logits, after.logits, target, foil),
+        **_outcomes(loaded, before.read[at_read], after.read[at_read], target, foil),
     }
     return Effects(**{name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 

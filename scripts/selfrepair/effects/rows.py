@@ -1,6 +1,7 @@
 """The rows of one call of the engine: ablated runs of some prompts, their replacement values and their accounting.
 
-A *row* is one ablated run: a prompt and a draw.
+A *row* is one ablated run: a prompt and a draw. It is read at one position or at every position; a *reading* is one
+row at one position. The readings of a row stay together, in the order of their positions.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class RowBlock:
     run: CleanRun
     prompts: slice  # of run.prompts
     value: Tensor  # (prompt, draw, P, d_model) the replacement of the contribution
-    unembed: Tensor | None = None  # (prompt, draw) of ablated heads; None: that of the contribution
+    unembed: Tensor | None = None  # (prompt, draw, position read) of ablated heads; None: the contribution's
 
     @property
     def n_prompts(self) -> int:
@@ -49,6 +50,10 @@ class RowBlock:
     def per_row(self, x: Tensor) -> Tensor:  # (all prompts of the run, ...) -> (row, ...)
         """Return a per-prompt tensor of the clean run, once for each row."""
         return x[self.prompts].repeat_interleave(self.n_draws, 0)
+
+    def per_reading(self, x: Tensor) -> Tensor:  # (all readings of the run, ...) -> (reading, ...)
+        """Return a tensor of the clean run's readings, once for each row of their prompt."""
+        return self.per_row(self.run.by_prompt(x)).flatten(0, 1)
 
     def rows(self) -> Tensor:  # (row, P, d_model)
         """Return the replacement values row by row; the draws of a prompt stay together."""
@@ -70,15 +75,25 @@ class Rows:
         self.loaded, self.blocks, self.site, self.positions = loaded, blocks, site.whole, positions
         self.until = loaded.n_layers - 1 if until is None else until
         self.value = join([block.rows() for block in blocks]).to(loaded.dtype)  # (row, P, d_model)
-        self.w = join([block.per_row(block.run.direction.w) for block in blocks])  # (row, d_model)
-        self.sigma = join([block.per_row(block.run.direction.sigma) for block in blocks])  # (row,)
+        self.w = self.per_reading(lambda run: run.direction.w)  # (reading, d_model)
+        self.sigma = self.per_reading(lambda run: run.direction.sigma)  # (reading,)
         self.w_over_sigma = self.w / self.sigma[:, None]
-        self.clean = {c: join([block.per_row(block.run.effects[c]) for block in blocks]) for c in COMPONENTS}
-        self.ablated = {c: effects.clone() for c, effects in self.clean.items()}  # (row, layer) each
+        self.clean = {
+            c: join([block.per_reading(block.run.effects[c]) for block in blocks]) for c in COMPONENTS
+        }
+        self.ablated = {c: effects.clone() for c, effects in self.clean.items()}  # (reading, layer) each
         self.heads: HeadRows | None = None  # later heads, if their direct effects are read too
         self._observed: set[Site] = set()
 
-    def observe(self, site: Site, at_last: Tensor) -> None:  # (row, d_model)
+    def per_reading(self, of_run: Callable[[CleanRun], Tensor]) -> Tensor:  # (reading, ...)
+        """Return a tensor of the clean runs' readings, reading by reading."""
+        return join([block.per_reading(of_run(block.run)) for block in self.blocks])
+
+    def at_read(self, x: Tensor) -> Tensor:  # (row, P, d_model) -> (reading, d_model)
+        """Return the positions that are read. Blocks with several readings per row have one length."""
+        return self.blocks[0].run.at_read(x) if x.shape[1] > 1 else x[:, 0]
+
+    def observe(self, site: Site, at_read: Tensor) -> None:  # (reading, d_model)
         """Record the direct effect of a contribution in the ablated run (clean sigma).
 
         Raises HookSilentError if the contribution was observed before.
@@ -86,7 +101,7 @@ class Rows:
         if site in self._observed:
             raise HookSilentError(f"{site} was observed twice in one pass")
         self._observed.add(site)
-        effect = torch.linalg.vecdot(at_last.to(self.w), self.w_over_sigma)  # (row,)
+        effect = torch.linalg.vecdot(at_read.to(self.w), self.w_over_sigma)  # (reading,)
         self.ablated[site.component][:, site.layer] = effect
 
     def require_observed(self, start: int) -> None:
@@ -96,53 +111,58 @@ class Rows:
             listed = ", ".join(map(str, missing[:4]))
             raise HookSilentError(f"contributions were not observed in an ablated run: {listed}")
 
-    def clean_rows(self, activation: Callable[[CleanRun], Tensor], last: bool = False) -> Tensor:
-        """Return a clean activation row by row, (row, P, d_model); with `last` its last position only."""
-        parts = []
-        for block in self.blocks:
-            x = activation(block.run)
-            parts.append(block.per_row(x[:, -1:] if last else x))
-        return join(parts)
+    def clean_rows(self, activation: Callable[[CleanRun], Tensor]) -> Tensor:  # (row, P, d_model)
+        """Return a clean activation row by row."""
+        return join([block.per_row(activation(block.run)) for block in self.blocks])
 
-    def readings(self) -> tuple[Tensor, Tensor]:  # (reading, d_model), (row,)
-        """Return the clean final residual streams, one per prompt of the blocks, and the reading of each row."""
+    def clean_readings(self, activation: Callable[[CleanRun], Tensor]) -> Tensor:  # (reading, d_model)
+        """Return a clean activation at the positions that are read."""
+        return self.per_reading(lambda run: run.at_read(activation(run)))
+
+    def clean_finals(self) -> tuple[Tensor, Tensor]:  # (clean reading, d_model), (reading,)
+        """Return the clean final residual streams of the prompts, and which of them each reading is compared with."""
         last = self.loaded.n_layers
-        clean = join([block.run.residual[last][block.prompts, -1] for block in self.blocks])
-        sizes = [block.n_draws for block in self.blocks for _ in range(block.n_prompts)]
-        repeats = torch.tensor(sizes, device=clean.device)
-        return clean, torch.arange(len(sizes), device=clean.device).repeat_interleave(repeats)
+        streams, numbers, first = [], [], 0
+        for block in self.blocks:
+            run = block.run
+            streams.append(run.by_prompt(run.at_read(run.residual[last]))[block.prompts].flatten(0, 1))
+            own = torch.arange(first, first + len(streams[-1]), device=streams[-1].device)
+            first += len(own)
+            rows = own.unflatten(0, (block.n_prompts, run.n_read)).repeat_interleave(block.n_draws, 0)
+            numbers.append(rows.flatten())
+        return join(streams), join(numbers)
 
-    def effects(self, final: Tensor) -> Effects:  # (row, d_model), the final residual stream's last position
-        """Return the effect columns of all rows."""
+    def effects(self, final: Tensor) -> Effects:  # (reading, d_model), the final residual stream
+        """Return the effect columns of all readings."""
         final = final.to(self.w)
         sigma = self.loaded.readout.norm.sigma(final)
-        contribution = self.clean_rows(lambda run: run.contributions[self.site], last=True)[:, 0]
+        contribution = self.clean_readings(lambda run: run.contributions[self.site])
         return account(
             clean_attn=self.clean["attn"],
             clean_mlp=self.clean["mlp"],
             ablated_attn=self.ablated["attn"],
             ablated_mlp=self.ablated["mlp"],
-            clean_y=join([block.per_row(block.run.clean_y) for block in self.blocks]),
+            clean_y=self.per_reading(lambda run: run.clean_y),
             ablated_y=torch.linalg.vecdot(final, self.w) / sigma,
             clean_sigma=self.sigma,
             ablated_sigma=sigma,
-            constant=join([block.per_row(block.run.direction.constant) for block in self.blocks]),
-            replacement=self.value[:, -1].to(self.w),
+            constant=self.per_reading(lambda run: run.direction.constant),
+            replacement=self.at_read(self.value).to(self.w),
             contribution=contribution.to(self.w),
             unembed=self._unembed(),
             site=self.site,
             parallel=self.loaded.layer(self.site.layer).parallel,
         )
 
-    def _unembed(self) -> Tensor:  # (row,)
-        """Return delta_unembed of every row."""
+    def _unembed(self) -> Tensor:  # (reading,)
+        """Return delta_unembed of every reading."""
         parts = []
         for block in self.blocks:
             if block.unembed is not None:
                 parts.append(block.unembed.flatten())
-                continue
-            own = block.run.effects[self.site.component][block.prompts, self.site.layer]  # (prompt,)
-            parts.append(own.repeat_interleave(block.n_draws))
+            else:
+                effects = block.run.effects[self.site.component]  # (reading of the run, layer)
+                parts.append(block.per_reading(effects[:, self.site.layer]))
         return join(parts)
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,11 @@ class Batch:
         """Return the token ids."""
         return torch.tensor([prompt.input_ids for prompt in self.prompts], device=device)
 
-    def targets(self) -> Tensor | None:  # (prompt,)
+    def targets(
+        self, read: str = "last"
+    ) -> Tensor | None:  # (prompt,), or (prompt, position) for `read: every`
         """Return the target tokens; None if they are the argmax of the clean logits."""
-        given = [prompt.target for prompt in self.prompts]
+        given: list[Any] = [prompt.target if read == "last" else prompt.targets for prompt in self.prompts]
         return None if None in given else torch.tensor(given)
 
 
@@ -68,6 +71,7 @@ def run_batch(
     keep: Collection[int] | None,
     prefix: bool = False,
     heads: bool = False,
+    read: str = "last",
 ) -> CleanRun:
     """Return the clean run of a batch (arguments as for `clean_run`), in halves if a GPU runs out of memory.
 
@@ -79,7 +83,8 @@ def run_batch(
             [prompt.id for prompt in batch.prompts],
             batch.input_ids(loaded.device),
             positions=positions,
-            target=batch.targets(),
+            read=read,
+            target=batch.targets(read),
             keep=keep,
             prefix=prefix,
             heads=heads,
@@ -94,7 +99,7 @@ def run_batch(
     halves = (Batch(batch.prompts[:middle]), Batch(batch.prompts[middle:]))
     return join(
         [
-            run_batch(loaded, half, positions=positions, keep=keep, prefix=prefix, heads=heads)
+            run_batch(loaded, half, positions=positions, keep=keep, prefix=prefix, heads=heads, read=read)
             for half in halves
         ]
     )
@@ -116,11 +121,12 @@ class CleanRuns:
         tokens: int,
         budget: int,
         heads: bool = False,
+        read: str = "last",
     ) -> None:
         self.batches = list(batches(prompts, tokens))
         self._loaded, self.positions, self._prefix, self._budget = loaded, positions, prefix, budget
-        self.heads = heads
-        self._targets = {prompt.id: prompt.target for prompt in prompts}
+        self.heads, self.read = heads, read
+        self._targets = self._wanted(prompts)
         self._kept: dict[int, CleanRun] = {}
         self._latest: tuple[tuple[int, int], CleanRun] | None = None
 
@@ -148,15 +154,21 @@ class CleanRuns:
 
     def serves(self, prompts: Sequence[Prompt]) -> bool:
         """Return whether these are the runs of `prompts`: the same ids and the same targets."""
-        wanted = {prompt.id: prompt.target for prompt in prompts}
+        wanted = self._wanted(prompts)
         if wanted == self._targets:
             return True
         targets = {
-            prompt: target
+            prompt: tuple(target)
             for run in self._kept.values()
-            for prompt, target in zip(run.prompts, run.direction.target.tolist(), strict=True)
+            for prompt, target in zip(run.prompts, run.by_prompt(run.direction.target).tolist(), strict=True)
         }
         return targets == wanted
+
+    def _wanted(self, prompts: Sequence[Prompt]) -> dict[int, tuple[int | None, ...] | None]:
+        """Return the targets of every prompt, by its id."""
+        if self.read == "last":
+            return {prompt.id: (prompt.target,) for prompt in prompts}
+        return {prompt.id: prompt.targets for prompt in prompts}
 
     def _run(self, number: int, keep: Collection[int] | None) -> CleanRun:
         return run_batch(
@@ -166,6 +178,7 @@ class CleanRuns:
             keep=keep,
             prefix=self._prefix,
             heads=self.heads,
+            read=self.read,
         )
 
     @cached_property
@@ -174,13 +187,19 @@ class CleanRuns:
         # Measured on the beginning of a prompt and one layer, then scaled: the residual stream and two contributions
         # per layer and position kept; keys and values per token.
         prompt = self.batches[0].prompts[0]
+        prompt = replace(
+            prompt,
+            input_ids=prompt.input_ids[:_TOKENS_MEASURED],
+            targets=prompt.targets and prompt.targets[:_TOKENS_MEASURED],
+        )
         run = run_batch(
             self._loaded,
-            Batch((replace(prompt, input_ids=prompt.input_ids[:_TOKENS_MEASURED]),)),
+            Batch((prompt,)),
             positions=self.positions,
             keep={0},
             prefix=self._prefix,
             heads=self.heads,
+            read=self.read,
         )
         activations = (run.residual[0], *run.contributions.values(), *run.head_inputs.values())
         directions = sum(
@@ -193,4 +212,17 @@ class CleanRuns:
         rows = prompts if self.positions == "last" else tokens / run.length
         # Keys and values of the last position are not recorded.
         recorded = (tokens - prompts) / max(1, run.length - 1)
-        return math.ceil(one * self._loaded.n_layers * rows + keys_values * recorded + directions * prompts)
+        readings = (
+            run.direction.w,
+            *run.effects.values(),
+            *run.own_norm.values(),
+            run.residual[self._loaded.n_layers],
+        )
+        per_reading = sum(t.numel() * t.element_size() for t in readings) / len(run.position)
+        n_read = tokens if self.read == "every" else 0  # one reading per prompt is little
+        return math.ceil(
+            one * self._loaded.n_layers * rows
+            + keys_values * recorded
+            + directions * prompts
+            + per_reading * n_read
+        )

@@ -15,7 +15,7 @@ from selfrepair.effects import reference
 from selfrepair.effects.ablations import moved_by_rounding
 from selfrepair.effects.clean import CleanRun, clean_run
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, Effects, names
-from selfrepair.effects.engine import PATHS, ablate, restart_error
+from selfrepair.effects.engine import ablate, paths, restart_error
 from selfrepair.effects.rows import RowBlock
 from selfrepair.errors import InputError
 from selfrepair.models import attention, probes
@@ -33,6 +33,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 # In 16-bit precision: the same in multiples of the noise floor, which is the largest effect of moving a contribution
 # by one unit in its last place. Engine and reference are two such roundings of the same run.
 NOISE_FLOORS = 4.0
+_POSITIONS = 4  # of every prompt that are compared with `read: every`
 # Largest error of a layer's output if a run begins there, relative to what the layer adds.
 _RESTART_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.02}
 
@@ -69,14 +70,16 @@ def prompts(
     return chosen
 
 
-def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str) -> Choice:
+def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str, read: str = "last") -> Choice:
     """Return the fastest path that agrees with full forward passes on `prompts` (token ids, (T,) each).
+
+    With `read: every` the argmax is followed at _POSITIONS positions of a prompt, the first and the last among them.
 
     Raises InputError if no path does: then this model cannot be measured by intervening on its modules.
     """
     rejected: dict[str, str] = {}
-    expected = _Expected(loaded, prompts, positions)
-    for path in PATHS[positions]:
+    expected = _Expected(loaded, prompts, positions, read)
+    for path in paths(positions, read):
         if path == "rows" and not attention.supported(loaded.model):
             rejected[path] = "the architecture's attention cannot be exchanged"
             continue
@@ -123,12 +126,16 @@ def _noise_size(clean: reference.ForwardPass, site: Site) -> float:
 class _Expected:
     """A few ablations and their reference effects."""
 
-    def __init__(self, loaded: LoadedModel, prompts: list[Tensor], positions: str) -> None:
-        self.loaded, self.positions = loaded, positions
+    def __init__(self, loaded: LoadedModel, prompts: list[Tensor], positions: str, read: str) -> None:
+        self.loaded, self.positions, self.read = loaded, positions, read
         self.cases: list[tuple[Site, list[Tensor], list[Effects]]] = []
         generator = torch.Generator().manual_seed(0)
         middle = loaded.n_layers // 2
-        clean = [reference.forward(loaded, ids) for ids in prompts]
+        # The positions of every prompt that are compared.
+        self.compared = [self._compared(len(ids), generator) for ids in prompts]
+        clean = [
+            reference.forward(loaded, ids, read=at) for ids, at in zip(prompts, self.compared, strict=True)
+        ]
         if silent := sorted(set(contributions(loaded.n_layers)) - set(clean[0].contributions)):
             raise InputError(
                 f"these contributions were not observed in a forward pass: {', '.join(map(str, silent[:4]))}",
@@ -139,19 +146,23 @@ class _Expected:
             Site(layer, component) for layer in (0, middle) for component in (ATTN, MLP)
         ):
             values, rows = [], []
-            for ids, before in zip(prompts, clean, strict=True):
+            for ids, before, compared in zip(prompts, clean, self.compared, strict=True):
                 own = before.contributions[site]
                 kept = len(own) if positions == "all" else 1
                 # Noise of the contribution's own size moves all sites downstream.
                 noise = torch.randn(kept, own.shape[-1], generator=generator).to(own.device)
                 value = (noise * _noise_size(before, site)).to(own.dtype)
-                target = int(before.logits.argmax())
                 # Two rows, so that a path that mixes rows up fails: the second replaces the contribution by itself.
                 values.append(torch.stack([value, own[-kept:]]))
-                expected = reference.effects(loaded, ids, site, value, target, before)
-                rows += [expected, _unchanged(expected)]
+                expected = [
+                    reference.effects(
+                        loaded, ids, site, value, int(before.read[at].argmax()), before, position=at
+                    )
+                    for at in compared
+                ]
+                rows += [*expected, *map(_unchanged, expected)]
             self.cases.append((site, values, rows))
-        self.prompts = prompts
+        self.prompts, self.clean = prompts, clean
         self.targets = [int(before.logits.argmax()) for before in clean]
         logits = [getattr(row, name) for _, _, rows in self.cases for row in rows for name in names(LOGIT)]
         size = max(1.0, float(torch.stack(logits).abs().max()))
@@ -174,6 +185,25 @@ class _Expected:
                 floor = max(floor, *(float(getattr(row, name).abs().max()) for name in _CHANGES))
         return floor
 
+    def _compared(self, length: int, generator: torch.Generator) -> list[int]:
+        """Return the positions of a prompt that are compared, ascending."""
+        if self.read == "last" or length == 1:
+            return [length - 1]
+        middle = 1 + torch.randperm(max(0, length - 2), generator=generator)[: _POSITIONS - 2]
+        return [0, *sorted(middle.tolist()), length - 1]
+
+    def _given_targets(self) -> list[Tensor]:  # (1,), or (1, T) each
+        """Return the target tokens of every prompt; where nothing is compared, any token will do."""
+        if self.read == "last":
+            return [torch.tensor([target]) for target in self.targets]
+        given = []
+        for ids, before, compared in zip(self.prompts, self.clean, self.compared, strict=True):
+            target = torch.zeros(1, len(ids), dtype=torch.int64)
+            for at in compared:
+                target[0, at] = before.read[at].argmax()
+            given.append(target)
+        return given
+
     def disagreement(self, path: str) -> float:
         """Return the largest absolute difference of any effect or logit from the reference, in logits.
 
@@ -186,10 +216,11 @@ class _Expected:
                 [number],
                 ids[None],
                 positions=self.positions,
-                target=torch.tensor([target]),
+                read=self.read,
+                target=target,
                 prefix=path == "rows",
             )
-            for number, (ids, target) in enumerate(zip(self.prompts, self.targets, strict=True))
+            for number, (ids, target) in enumerate(zip(self.prompts, self._given_targets(), strict=True))
         ]
         if path != "full":
             self._check_restarts(runs[-1], path)
@@ -205,7 +236,13 @@ class _Expected:
             if not ledger <= self.tolerance:
                 raise InputError(f"the ledger is open by {ledger:.2g} logits ({site})")
             for column in names(EFFECT, LOGIT):
-                actual = torch.cat([getattr(effects, column) for effects in measured]).double().cpu()
+                values_read = [getattr(effects, column).double().cpu() for effects in measured]
+                if self.read == "every":
+                    values_read = [
+                        x.unflatten(0, (2, -1))[:, at].flatten()
+                        for x, at in zip(values_read, self.compared, strict=True)
+                    ]
+                actual = torch.cat(values_read)
                 wanted = torch.stack([getattr(row, column) for row in rows])
                 difference = float((actual - wanted).abs().max())
                 if not difference < float("inf"):  # also when it is not a number

@@ -87,7 +87,9 @@ class Session:
             self._kept[key] = create()
         return self._kept[key]
 
-    def path(self, loaded: LoadedModel, prompts: Sequence[Prompt], positions: str) -> Choice:
+    def path(
+        self, loaded: LoadedModel, prompts: Sequence[Prompt], positions: str, read: str = "last"
+    ) -> Choice:
         """Return the engine path for `prompts`, checked once per model for their shortest and longest length.
 
         Data sets with the same lengths and the same first token share one check: see `selftest.prompts`.
@@ -98,9 +100,9 @@ class Session:
         start = first.pop() if len(first) == 1 else None
 
         def checked() -> Choice:
-            return choose(loaded, selftest.prompts(loaded, shortest, longest, start), positions)
+            return choose(loaded, selftest.prompts(loaded, shortest, longest, start), positions, read)
 
-        return self.cached(("path", shortest, longest, start, positions), checked)
+        return self.cached(("path", shortest, longest, start, positions, read), checked)
 
     def clean_runs(
         self,
@@ -111,16 +113,17 @@ class Session:
         path: str,
         tokens: int,
         heads: bool = False,
+        read: str = "last",
     ) -> CleanRuns:
         """Return the clean runs of a source. Those of other sources stay in memory as long as they fit."""
-        cache_key = (key, positions, path, tokens, heads)
+        cache_key = (key, positions, path, tokens, heads, read)
         clean = self._runs.pop(cache_key, None)
         # Runs that do not fit hold one batch, whose memory is not counted: keep them for one source at a time.
         self._runs = {other: runs for other, runs in self._runs.items() if runs.all_kept}
         if clean is None or not clean.serves(prompts):
             clean = None  # its memory counts as free
             budget = int(_KEPT_SHARE * len(self.devices) * self._free())
-            clean = CleanRuns(loaded, prompts, positions, path == "rows", tokens, budget, heads)
+            clean = CleanRuns(loaded, prompts, positions, path == "rows", tokens, budget, heads, read)
             if clean.all_kept:
                 while self._runs and self._runs_nbytes() + clean.nbytes > budget:
                     del self._runs[next(iter(self._runs))]  # the least recently used

@@ -15,6 +15,7 @@ from selfrepair.planning.sites import HEADS
 from selfrepair.storage import checkpoints
 
 RESULTS = "results"
+DOWNSTREAM_HEADS = "downstream_heads"  # a file of a cell: the changes of later heads
 SUMMARY_TABLES = ("layers", "verdicts", "downstream", "ablations", "audit")
 
 
@@ -66,22 +67,33 @@ def cells_of(experiment: Experiment, model: Model) -> Iterator[Cell]:
 
 
 def reads_heads(experiment: Experiment) -> bool:
-    """Return whether single heads are ablated. Then the changes of later heads are measured as well."""
+    """Return whether single heads are ablated."""
     return HEADS in experiment.components
+
+
+def reads_later_heads(experiment: Experiment) -> bool:
+    """Return whether the changes of later heads are measured: if heads are ablated and read at the last position."""
+    return reads_heads(experiment) and experiment.read == "last"
 
 
 def files_of_cells(config: Config) -> Iterator[str]:
     """Yield the path of every file of every cell."""
     for cell in cells(config):
-        yield from cell_files(*cell, heads=reads_heads(config.experiments[cell.experiment])).values()
+        yield from cell_files(*cell, kinds=extra_files(config.experiments[cell.experiment])).values()
 
 
-def effects_rules(config: Config) -> dict[str, tuple[bool, list[str]]]:
-    """Return {name of a rule that makes cells: whether heads are ablated, and the experiments of the cells}."""
-    rules: dict[str, tuple[bool, list[str]]] = {}
+def extra_files(experiment: Experiment) -> tuple[str, ...]:
+    """Return the names of the files of a cell beside its rows."""
+    return (DOWNSTREAM_HEADS,) if reads_later_heads(experiment) else ()
+
+
+def effects_rules(config: Config) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Return {name of a rule that makes cells: `extra_files` of its cells, and their experiments}."""
+    rules: dict[str, tuple[tuple[str, ...], list[str]]] = {}
     for experiment in config.experiments.values():
-        heads = reads_heads(experiment)
-        _, names = rules.setdefault("effects_with_heads" if heads else "effects", (heads, []))
+        kinds = extra_files(experiment)
+        rule = "effects_with_heads" if DOWNSTREAM_HEADS in kinds else "effects"
+        _, names = rules.setdefault(rule, (kinds, []))
         names.append(experiment.name)
     return rules
 
@@ -126,18 +138,17 @@ def cell_path(cell: Cell) -> str:
     return effects_path(*cell)
 
 
-def downstream_heads_path(experiment: str, model: str, source: str, ablation: str, layer: int | str) -> str:
-    """Return the path of the changes of later heads of one cell, if heads are ablated."""
-    return f"{base(experiment, model)}/downstream_heads/source={source}/ablation={ablation}/layer={layer}.parquet"
+def extra_path(kind: str, experiment: str, model: str, source: str, ablation: str, layer: int | str) -> str:
+    """Return the path of a file of one cell beside its rows, one of `extra_files`."""
+    return f"{base(experiment, model)}/{kind}/source={source}/ablation={ablation}/layer={layer}.parquet"
 
 
 def cell_files(
-    experiment: str, model: str, source: str, ablation: str, layer: int | str, *, heads: bool
+    experiment: str, model: str, source: str, ablation: str, layer: int | str, *, kinds: Iterable[str]
 ) -> dict[str, str]:
-    """Return the paths of all files of one cell by their names. `heads`: whether heads are ablated."""
+    """Return the paths of all files of one cell by their names; `kinds` are its `extra_files`."""
     names = experiment, model, source, ablation, layer
-    files = {"cell": effects_path(*names)}
-    return files | {"downstream_heads": downstream_heads_path(*names)} if heads else files
+    return {"cell": effects_path(*names), **{kind: extra_path(kind, *names) for kind in kinds}}
 
 
 def numerics_path(experiment: str, model: str) -> str:

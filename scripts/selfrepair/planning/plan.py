@@ -146,8 +146,10 @@ class Plan:
     def downstream_heads_of(self, wildcards: Wildcards) -> list[str]:
         """Return the changes of later heads of the cells of one experiment and model; none without heads."""
         experiment = self._experiment(wildcards)
-        cells = grid.cells_of(experiment, self._model(wildcards)) if grid.reads_heads(experiment) else ()
-        return [grid.downstream_heads_path(*cell) for cell in cells]
+        cells = (
+            grid.cells_of(experiment, self._model(wildcards)) if grid.reads_later_heads(experiment) else ()
+        )
+        return [grid.extra_path(grid.DOWNSTREAM_HEADS, *cell) for cell in cells]
 
     def clean_of(self, wildcards: Wildcards) -> list[str]:
         """Return the clean tables of one experiment and model."""

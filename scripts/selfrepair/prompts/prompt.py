@@ -12,3 +12,5 @@ class Prompt:
     target: int | None = None  # token id whose logit is measured; None: the argmax of the clean logits
     answer: int | None = None  # first token id of the true answer, if the data set has one
     foil: int | None = None  # first token id of the wrong continuation, if the data set has one
+    # With `read: every`: the token ids whose logits are measured at the first positions; None: the argmax at each
+    targets: tuple[int, ...] | None = None

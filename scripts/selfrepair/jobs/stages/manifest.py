@@ -33,7 +33,7 @@ def _checked(path: str, name: str) -> tuple[grid.Cell, str]:
     config = facts.get("config") or {}
     values: list[Any] = [config.get(key) for key in ("experiment", "model", "source", "ablation", "layer")]
     cell = grid.Cell(*values)
-    if grid.cell_files(*cell, heads=True)[name] != path:
+    if grid.cell_files(*cell, kinds=[grid.DOWNSTREAM_HEADS])[name] != path:
         raise InputError(
             f"holds the cell {' / '.join(map(str, cell))}, which belongs elsewhere",
             where=path,
