@@ -26,6 +26,7 @@ from selfrepair.report.figures import (
     compensation_split,
     controls,
     downstream_heatmap,
+    embedding,
     figure,
     frames,
     heads_grid,
@@ -369,7 +370,7 @@ def test_files_are_complete(name: str, written: Path) -> None:
     html = (written / f"{name}.html").read_text("utf-8")
     assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", html.split("<script>")[0])
     assert "default-src 'none'" in html  # the browser itself refuses every request
-    payload = figure.payload_of(written / f"{name}.html")
+    payload = embedding.payload_of(written / f"{name}.html")
     assert payload["name"] == name
     assert payload["spec"]["datasets"]
     assert payload["reading"] and payload["alt"] and payload["shows"]
@@ -446,6 +447,6 @@ def test_heads_in_words() -> None:
 
 
 def test_script_json_cannot_close_its_element() -> None:
-    text = figure.script_json({"a": "</script><!-- \u2028"})
+    text = embedding.script_json({"a": "</script><!-- \u2028"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><!-- \u2028"}

@@ -13,7 +13,7 @@ import pytest
 import reporting
 import synthetic
 from selfrepair.analysis import thresholds
-from selfrepair.analysis.verdicts import NOT_REPAIRABLE, READINGS
+from selfrepair.analysis.classes import NOT_REPAIRABLE, READINGS
 from selfrepair.errors import DamagedFileError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import figures, report, summary

@@ -7,47 +7,30 @@ report takes every count and every sentence from the table `VERDICTS`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from scipy import stats
 
 from selfrepair.analysis import responsibility
+from selfrepair.analysis.classes import (
+    AMPLIFIED,
+    NO_DIRECT_PATH,
+    NOTHING_DOWNSTREAM,
+    READINGS,
+    REPAIRED,
+    UNDECIDED,
+    Reading,
+)
 from selfrepair.analysis.contribution import Contribution
 from selfrepair.analysis.sample import Sample
 from selfrepair.analysis.schema import KEYS, NAME, floor_key, with_interval
 from selfrepair.analysis.statistics import Bootstrap
 from selfrepair.analysis.thresholds import FALSE_DISCOVERY_RATE, MIN_LOSS_SHARE, MIN_LOSS_TO_NOISE
 
-NOTHING_DOWNSTREAM = "nothing downstream"
-NO_DIRECT_PATH = "no direct path"
-REPAIRED = "repaired"
-AMPLIFIED = "amplified"
-UNDECIDED = "undecided"
-CLASSES = (REPAIRED, AMPLIFIED, UNDECIDED, NO_DIRECT_PATH, NOTHING_DOWNSTREAM)
-NOT_REPAIRABLE = (NO_DIRECT_PATH, NOTHING_DOWNSTREAM)  # restoration is null
-
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One way to credit the change of the final norm's scale: which columns hold repair and loss."""
-
-    name: str
-    suffix: str  # of the verdict columns
-    repair: str
-    loss: str
-    others: tuple[str, ...]  # what else the drop consists of, beside the loss
-
-
-READINGS = (
-    Reading("clean", "", "repair", "loss", ("repair", "norm")),
-    Reading("own", "_own", "repair_own", "loss_own", ("repair_own", "rest_own")),
-    Reading("with norm", "_with_norm", "repair_with_norm", "loss", ("repair", "norm")),
-)
 _MEANS = (
     *("loss", "repair", "norm"),
     *(f"{kind}{part}" for kind in responsibility.KINDS for part in ("", "_attn", "_mlp")),
@@ -163,10 +146,3 @@ def _extent(row: Row) -> str | None:
     if row["restoration_high"] < 1:
         return "partial"
     return "over" if row["restoration_low"] > 1 else "full"
-
-
-def counts(classes: Sequence[str]) -> dict[str, int]:
-    """Return how many contributions have each class, in the order of CLASSES."""
-    names, numbers = np.unique(list(classes), return_counts=True)
-    counted = dict(zip(names.tolist(), numbers.tolist(), strict=True))
-    return {name: counted.get(name, 0) for name in CLASSES}

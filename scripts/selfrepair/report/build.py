@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfrepair.analysis import thresholds
-from selfrepair.analysis.verdicts import CLASSES
+from selfrepair.analysis.classes import CLASSES
 from selfrepair.planning import figure_names
 from selfrepair.report import explorer, report_tables, sentences, templating
-from selfrepair.report.figures import figure
+from selfrepair.report.figures import embedding
 from selfrepair.report.figures.frames import table
 from selfrepair.report.figures.wording import number
 from selfrepair.report.page import Table, pictures, relative, script, settings
@@ -37,14 +37,14 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
     every = read(inputs)
     results, heads = every.whole(), every.heads()
     shown = pictures(inputs["figures"], page)
-    drawn = figure.group(inputs["figures"])
+    drawn = embedding.group(inputs["figures"])
     scatter = drawn["scatter-by-layer"]
     of_heads = table(drawn["heads-prompts"]["parquet"]) if "heads-prompts" in drawn else None
     config = params.get("experiment_config", {})
     groups = report_tables.facts(params, _measured(tables.read_metadata(inputs["clean"][0])))
     return templating.render(
         "report.html.j2",
-        bundle=figure.bundle_of(scatter["html"]),
+        bundle=embedding.bundle_of(scatter["html"]),
         title=f"Self-repair: {params['experiment']} on {params['model']}",
         experiment=params["experiment"],
         model=params["model"],

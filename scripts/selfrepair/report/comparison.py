@@ -12,7 +12,7 @@ from altair.utils.schemapi import debug_mode
 from selfrepair.analysis import thresholds
 from selfrepair.report import comparison_figures as draw
 from selfrepair.report.comparison_emergence import emergence
-from selfrepair.report.figures import figure, theme
+from selfrepair.report.figures import embedding, figure, theme
 from selfrepair.report.figures.classes import JUDGED, READINGS
 from selfrepair.report.figures.figure import Figure
 from selfrepair.report.figures.frames import table, without_control
@@ -52,7 +52,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
     names = draw.names(verdicts, "model")
     return render(
         "comparison.html.j2",
-        bundle=figure.bundle(),
+        bundle=embedding.bundle(),
         thresholds=thresholds,
         title=f"Self-repair: the models of {params['experiment']}",
         experiment=params["experiment"],

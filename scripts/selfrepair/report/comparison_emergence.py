@@ -7,7 +7,7 @@ import altair as alt
 import polars as pl
 
 from selfrepair.report import comparison_figures as draw
-from selfrepair.report.figures import classes, controls, theme
+from selfrepair.report.figures import classes, controls, layout, theme
 from selfrepair.report.figures.figure import Figure, named
 
 
@@ -97,11 +97,12 @@ def emergence(table: pl.DataFrame, family: str, steps: Mapping[str, int]) -> Fig
         )
 
     components = draw.drawn_components(own)
-    chart = alt.vconcat(
-        alt.hconcat(*[lines(c, "restoration", "restoration") for c in components]).resolve_scale(y="shared"),
-        alt.hconcat(*[lines(c, "norm share", "norm share") for c in components]).resolve_scale(y="shared"),
-        alt.hconcat(*[bars(c) for c in components]).resolve_scale(y="shared"),
-    ).resolve_scale(color="independent")
+    chart = layout.column(
+        layout.row(*[lines(c, "restoration", "restoration") for c in components], y="shared"),
+        layout.row(*[lines(c, "norm share", "norm share") for c in components], y="shared"),
+        layout.row(*[bars(c) for c in components], y="shared"),
+        color="independent",
+    )
     return draw.assembled(
         f"emergence-{family}",
         f"{family} over training",

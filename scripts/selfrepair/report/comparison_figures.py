@@ -7,7 +7,7 @@ import altair as alt
 import polars as pl
 
 from selfrepair.report.figures import classes as classes_of
-from selfrepair.report.figures import controls, theme
+from selfrepair.report.figures import controls, layout, theme
 from selfrepair.report.figures.classes import CLASSES, JUDGED, READINGS
 from selfrepair.report.figures.figure import Figure, csv, named, specification
 from selfrepair.report.figures.frames import default_ablation, order_ablations
@@ -59,8 +59,8 @@ def restoration(table: pl.DataFrame) -> Figure:
         title = f"{model}: {theme.COMPONENT[component]} ablated"
         return alt.layer(*rules(), bars, marks).properties(width=300, height=190, title=title)
 
-    grid = [alt.hconcat(*[panel(m, c) for m in models]).resolve_scale(y="shared") for c in components]
-    chart = alt.vconcat(*grid)
+    grid = [layout.row(*[panel(m, c) for m in models], y="shared") for c in components]
+    chart = layout.column(*grid)
     counts = "; ".join(
         f"{model}: n = {plural(most_prompts(rows.filter(pl.col('model') == model)), 'prompt')}"
         for model in models
@@ -105,7 +105,7 @@ def depth(table: pl.DataFrame) -> Figure:
         title = f"{theme.COMPONENT[component]} ablated"
         return alt.layer(marks, dots).properties(width=330, height=26 * len(models) + 20, title=title)
 
-    chart = alt.hconcat(*[panel(c) for c in drawn_components(rows)])
+    chart = layout.row(*[panel(c) for c in drawn_components(rows)])
     return assembled(
         "depth",
         "Restoration against relative depth",

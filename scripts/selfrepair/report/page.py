@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from selfrepair.report.figures import figure
+from selfrepair.report.figures import embedding
 from selfrepair.report.figures.wording import number
 
 LARGEST_SVG = 200_000  # bytes; a larger drawing is embedded as PNG
@@ -74,8 +74,10 @@ def interval_cell(middle: float | None, low: float | None, high: float | None, s
 def pictures(files: Sequence[str], page: str) -> dict[str, Picture]:
     """Return figures by name, from the files that the figures stage wrote. Raises DamagedFileError."""
     return {
-        name: picture(figure.payload_of(formats["html"]), still(formats), relative(formats["parquet"], page))
-        for name, formats in figure.group(files).items()
+        name: picture(
+            embedding.payload_of(formats["html"]), still(formats), relative(formats["parquet"], page)
+        )
+        for name, formats in embedding.group(files).items()
     }
 
 
@@ -87,7 +89,7 @@ def picture(payload: Mapping[str, Any], image: str, data: str = "") -> Picture:
 
 def script(payload: Any) -> Markup:
     """Return JSON for a <script> element; no text in it can end the element."""
-    return Markup(figure.script_json(payload))
+    return Markup(embedding.script_json(payload))
 
 
 def still(formats: Mapping[str, str]) -> str:

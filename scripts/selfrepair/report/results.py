@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from selfrepair.analysis.verdicts import NOT_REPAIRABLE
+from selfrepair.analysis.classes import NOT_REPAIRABLE
 from selfrepair.planning.sites import COMPONENTS, HEAD
 from selfrepair.report.figures.frames import (
     SITE,

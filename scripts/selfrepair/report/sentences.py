@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from selfrepair.analysis.verdicts import (
+from selfrepair.analysis.classes import (
     AMPLIFIED,
     NO_DIRECT_PATH,
     NOTHING_DOWNSTREAM,

@@ -7,7 +7,8 @@ from dataclasses import fields
 from selfrepair.jobs.job import Job
 from selfrepair.report.figures import frames
 from selfrepair.report.figures.build import build
-from selfrepair.report.figures.figure import group, write
+from selfrepair.report.figures.embedding import group
+from selfrepair.report.figures.figure import write
 
 log = logging.getLogger("selfrepair")
 

@@ -5,8 +5,8 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.analysis.verdicts import AMPLIFIED, NO_DIRECT_PATH, NOTHING_DOWNSTREAM, REPAIRED, UNDECIDED
-from selfrepair.report.figures import controls, theme, wording
+from selfrepair.analysis.classes import AMPLIFIED, NO_DIRECT_PATH, NOTHING_DOWNSTREAM, REPAIRED, UNDECIDED
+from selfrepair.report.figures import controls, layout, theme, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -81,7 +81,7 @@ def build(frames: Frames) -> dict[str, Any]:
             ["clean norm scale", "each run's own norm scale", "with the norm's effect"],
         ),
     )
-    drawing = alt.hconcat(*[panel(name) for name in frames.components])
+    drawing = layout.row(*[panel(name) for name in frames.components])
     return {
         "caption": (
             "Class of every contribution under every ablation; the number is the restoration. "

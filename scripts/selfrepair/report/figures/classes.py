@@ -5,18 +5,18 @@ from typing import Any
 
 import altair as alt
 
-from selfrepair.analysis import verdicts
+from selfrepair.analysis import classes as kinds
 from selfrepair.report.figures import controls, theme
 
 # The classes of a contribution, with their colours and marks; the first three are those that could be repaired.
 CLASSES = {
-    verdicts.REPAIRED: (theme.GREEN, "circle"),
-    verdicts.UNDECIDED: (theme.GREY, "diamond"),
-    verdicts.AMPLIFIED: (theme.VERMILLION, "triangle-down"),
-    verdicts.NO_DIRECT_PATH: (theme.SKY, "cross"),
-    verdicts.NOTHING_DOWNSTREAM: ("#c9c9c9", "square"),
+    kinds.REPAIRED: (theme.GREEN, "circle"),
+    kinds.UNDECIDED: (theme.GREY, "diamond"),
+    kinds.AMPLIFIED: (theme.VERMILLION, "triangle-down"),
+    kinds.NO_DIRECT_PATH: (theme.SKY, "cross"),
+    kinds.NOTHING_DOWNSTREAM: ("#c9c9c9", "square"),
 }
-JUDGED = tuple(name for name in CLASSES if name not in verdicts.NOT_REPAIRABLE)
+JUDGED = tuple(name for name in CLASSES if name not in kinds.NOT_REPAIRABLE)
 _WORDS = {
     "clean": "clean norm scale",
     "own": "each run's own norm scale",
@@ -25,7 +25,7 @@ _WORDS = {
 # Reading -> columns of restoration and class, and what the reader sees.
 READINGS = {
     reading.name: (f"restoration{reading.suffix}", f"class{reading.suffix}", _WORDS[reading.name])
-    for reading in verdicts.READINGS
+    for reading in kinds.READINGS
 }
 READING = "pick_reading"
 

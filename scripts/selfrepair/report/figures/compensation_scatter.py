@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import controls, points, scales, theme, wording
+from selfrepair.report.figures import controls, layout, points, scales, theme, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 from selfrepair.report.figures.scatter_all_layers import depth
@@ -80,9 +80,9 @@ def build(frames: Frames) -> dict[str, Any]:
         controls.layer(frames),
         controls.only_correct(frames),
     )
-    drawing = alt.vconcat(
-        alt.hconcat(*[one_layer(component) for component in frames.components]),
-        alt.hconcat(*[all_layers(component) for component in frames.components]),
+    drawing = layout.column(
+        layout.row(*[one_layer(component) for component in frames.components]),
+        layout.row(*[all_layers(component) for component in frames.components]),
     )
     middle = frames.ablated[len(frames.ablated) // 2]
     return {

@@ -1,6 +1,5 @@
 """Curves over layers, a line per ablation or reading with its interval: shared by several figures."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import controls, scales, theme
+from selfrepair.report.figures import controls, layout, scales, theme
 from selfrepair.report.figures.figure import chart
 from selfrepair.report.figures.frames import Frames
 
@@ -42,16 +41,14 @@ def by_ablation(frames: Frames) -> Series:
 def grid(frames: Frames, table: pl.DataFrame, measures: Sequence[Row], series: Series, *where: str) -> Any:
     """Return panels, measures x components, of the data set `curves`: `measure`, `value`, `low`, `high`."""
     highlight = controls.legend_highlight(series.field)
-    with warnings.catch_warnings():
-        # One legend serves all panels; altair warns that it merged their parameters, which is intended.
-        warnings.filterwarnings("ignore", message="Automatically deduplicated selection parameter")
-        rows = [
-            alt.hconcat(
-                *[_panel(frames, table, name, row, series, highlight, where) for name in frames.components]
-            ).resolve_scale(y="shared")
-            for row in measures
-        ]
-        return alt.vconcat(*rows)
+    rows = [
+        layout.row(
+            *[_panel(frames, table, name, row, series, highlight, where) for name in frames.components],
+            y="shared",
+        )
+        for row in measures
+    ]
+    return layout.column(*rows)
 
 
 def _panel(

@@ -7,7 +7,7 @@ import altair as alt
 import polars as pl
 
 from selfrepair.planning.sites import COMPONENTS
-from selfrepair.report.figures import controls, scales, theme, wording
+from selfrepair.report.figures import controls, layout, scales, theme, wording
 from selfrepair.report.figures.figure import chart, csv, rows, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -109,13 +109,13 @@ def build(frames: Frames) -> dict[str, Any]:
         height = max(40, SIDE * len(frames.ablated) // frames.n_layers)
         return alt.layer(cells, best).properties(width=SIDE, height=height)
 
-    grid = [alt.hconcat(*[panel(name, later) for later in COMPONENTS]) for name in frames.components]
+    grid = [layout.row(*[panel(name, later) for later in COMPONENTS]) for name in frames.components]
     params = (
         controls.source(frames),
         controls.ablation(frames),
         _limits(table),
     )
-    drawing = alt.vconcat(*grid).resolve_scale(color="shared")
+    drawing = layout.column(*grid, color="shared")
     return {
         "caption": (
             "Mean change (ablated − clean) of each later contribution's direct effect on the target's logit, one row "

@@ -2,8 +2,7 @@
 
 import copy
 import functools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,13 @@ import polars as pl
 import vl_convert
 from markupsafe import Markup
 
-from selfrepair.errors import DamagedFileError
 from selfrepair.report import templating
-from selfrepair.report.figures import controls, theme
+from selfrepair.report.figures import controls, layout, theme
+from selfrepair.report.figures.embedding import PAYLOAD, bundle, script_json
 from selfrepair.storage import atomic, tables
-from selfrepair.storage.damage import removal
 
 Spec = dict[str, Any]
 PNG_SCALE = 1.25
-BUNDLE = "<script>/* Vega, Vega-Lite and vega-embed */\n"
-PAYLOAD = '<script type="application/json" id="figure">'
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,11 @@ def chart(name: str, frame: pl.DataFrame, *conditions: str) -> alt.Chart:
 def specification(drawing: Any, datasets: Mapping[str, str | list[dict[str, Any]]], *params: Any) -> Spec:
     """Return the Vega-Lite specification of `drawing` with `datasets` (CSV text or rows) and `params` inside.
 
-    Parameters, configuration and data are added to the finished specification: altair would copy a whole chart for
+    `drawing` is an altair chart or a specification from `layout`. Parameters, configuration and data are added at the
+    end: altair would copy a whole chart for
     every parameter, and walk over every row.
     """
-    spec = drawing.to_dict(validate=False)
-    spec.pop("$schema", None)  # an address, never needed
+    spec = dict(layout.finished(drawing))
     added = [control.param.to_dict() for control in (*params, controls.left_out(), controls.full_scale())]
     spec["params"] = [*added, *spec.get("params", [])]
     spec["config"] = theme.config()
@@ -123,30 +119,6 @@ def _svg(spec: str) -> str:
     return str(vl_convert.vegalite_to_svg(spec))
 
 
-@functools.cache
-def bundle() -> str:
-    """Return a script element with Vega, Vega-Lite and vega-embed from vl-convert: nothing is fetched."""
-    code = str(vl_convert.javascript_bundle())  # type: ignore[call-arg]  # its stub lacks the default
-    if "</script" in code.lower():
-        raise ValueError("the JavaScript bundle contains '</script', which would end its own script element")
-    return f"{BUNDLE}{code}\n</script>"
-
-
-def bundle_of(page: str | Path) -> str:
-    """Return the script element that `standalone` put into a page: making it takes two seconds."""
-    _, start, rest = Path(page).read_text("utf-8").partition(BUNDLE)
-    code, end, _ = rest.partition("</script>")
-    if not (start and end):
-        raise _damaged(page)
-    return f"{start}{code}{end}"
-
-
-def script_json(value: Any) -> str:
-    """Return JSON that can stand inside a <script> element: `<` is escaped, so no text can close it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
 def payload(figure: Figure) -> dict[str, Any]:
     """Return what a page needs to draw the figure: texts and specification."""
     texts = {name: getattr(figure, name) for name in ("name", "title", "caption", "reading", "alt", "shows")}
@@ -157,25 +129,3 @@ def standalone(figure: Figure) -> str:
     """Return the figure as a page of its own."""
     embedded = Markup(PAYLOAD + script_json(payload(figure)) + "</script>")
     return templating.render("figure.html.j2", bundle=bundle(), figure=figure, payload=embedded)
-
-
-def payload_of(page: str | Path) -> dict[str, Any]:
-    """Return the payload that `standalone` put into a page. Raises DamagedFileError."""
-    _, start, rest = Path(page).read_text("utf-8").partition(PAYLOAD)
-    text, end, _ = rest.partition("</script>")
-    if not (start and end):
-        raise _damaged(page)
-    return dict(json.loads(text))
-
-
-def _damaged(page: str | Path) -> DamagedFileError:
-    remedy = f"{removal(page)} and run the same command again."
-    return DamagedFileError("is not a figure of this workflow", where=str(page), remedy=remedy)
-
-
-def group(files: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return the files of each figure by format: {name: {html: path, ...}}."""
-    grouped: dict[str, dict[str, str]] = {}
-    for path in files:
-        grouped.setdefault(Path(path).stem, {})[Path(path).suffix.removeprefix(".")] = path
-    return grouped

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from selfrepair.analysis.verdicts import NOTHING_DOWNSTREAM
+from selfrepair.analysis.classes import NOTHING_DOWNSTREAM
 from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.errors import DamagedFileError
 from selfrepair.planning.sites import COMPONENTS

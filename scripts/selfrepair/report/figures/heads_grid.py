@@ -59,8 +59,10 @@ def build(frames: Frames) -> dict[str, Any]:
         opacity=alt.condition(judged, alt.value(1), alt.value(0.4)),
         tooltip=tooltip,
     )
-    rows = [alt.hconcat(drop, loss), alt.hconcat(repair, kinds)]
-    drawing = alt.vconcat(*(row.resolve_scale(color="independent", shape="independent") for row in rows))
+    drawing = layout.column(
+        layout.row(drop, loss, color="independent", shape="independent"),
+        layout.row(repair, kinds, color="independent", shape="independent"),
+    )
     picked = f"{controls.SOURCE} + ' ' + {controls.ABLATION}"
     return {
         "caption": (

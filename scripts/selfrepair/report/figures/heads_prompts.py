@@ -70,8 +70,9 @@ def build(frames: Frames) -> dict[str, Any]:
     drop, loss, repair, norm = (
         grid.measure(base, name, title, tooltip, legend=name == "loss") for name, title in MEASURES.items()
     )
-    rows = [alt.hconcat(drop, loss), alt.hconcat(repair, norm)]
-    drawing = alt.vconcat(*(row.resolve_scale(color="independent") for row in rows))
+    drawing = layout.column(
+        layout.row(drop, loss, color="independent"), layout.row(repair, norm, color="independent")
+    )
     kinds = dict.fromkeys(frames.default_ablation(source) for source in frames.sources)
     return {
         "caption": (

@@ -6,7 +6,7 @@ import altair as alt
 import polars as pl
 
 from selfrepair.planning.sites import ATTN, COMPONENTS
-from selfrepair.report.figures import controls, theme, wording
+from selfrepair.report.figures import controls, layout, theme, wording
 from selfrepair.report.figures.figure import chart, csv, named, rows, specification
 from selfrepair.report.figures.frames import Frames, prompts_of, scan
 
@@ -141,9 +141,9 @@ def build(frames: Frames) -> dict[str, Any]:
         controls.layer(frames, middle, "ablated layer"),
         controls.component(frames, component),
     )
-    drawing = alt.vconcat(
+    drawing = layout.column(
         words.properties(width=760, height=16, view=alt.ViewConfig(stroke=None)),
-        alt.hconcat(*[panel(read) for read in COMPONENTS]).resolve_scale(color="shared", y="shared"),
+        layout.row(*[panel(read) for read in COMPONENTS], color="shared", y="shared"),
     )
     kinds = dict.fromkeys(frames.default_ablation(source) for source in frames.sources)
     first = (

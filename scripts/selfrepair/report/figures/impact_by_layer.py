@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import controls, points, scales, theme, wording
+from selfrepair.report.figures import controls, layout, points, scales, theme, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -98,7 +98,7 @@ def build(frames: Frames) -> dict[str, Any]:
         )
 
     grid = [
-        alt.hconcat(*[panel(component, measure) for measure in MEASURES]).resolve_scale(y="shared")
+        layout.row(*[panel(component, measure) for measure in MEASURES], y="shared")
         for component in frames.components
     ]
     params = (
@@ -106,7 +106,7 @@ def build(frames: Frames) -> dict[str, Any]:
         controls.ablation(frames),
         controls.only_correct(frames),
     )
-    drawing = alt.vconcat(*grid)
+    drawing = layout.column(*grid)
     return {
         "caption": (
             f"A thin line is a prompt (at most {LINES} shown), the thick line the mean over all prompts, the band its "

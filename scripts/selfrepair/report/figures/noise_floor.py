@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import controls, theme, wording
+from selfrepair.report.figures import controls, layout, theme, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CONTROL, Frames
 
@@ -59,7 +59,7 @@ def build(frames: Frames) -> dict[str, Any]:
         )
 
     params = (controls.source(frames),)
-    drawing = alt.hconcat(*[panel(name) for name in frames.components]).resolve_scale(y="shared")
+    drawing = layout.row(*[panel(name) for name in frames.components], y="shared")
     zeros = f" An exact 0 ({wording.plural(exact, 'cell')}) is drawn at {SMALLEST:.0e}." if exact else ""
     return {
         "caption": (

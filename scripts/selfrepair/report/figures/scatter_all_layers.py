@@ -4,7 +4,7 @@ from typing import Any
 
 import altair as alt
 
-from selfrepair.report.figures import controls, points, regions, scales, theme, wording
+from selfrepair.report.figures import controls, layout, points, regions, scales, theme, wording
 from selfrepair.report.figures.figure import specification
 from selfrepair.report.figures.frames import Frames
 
@@ -42,9 +42,7 @@ def build(frames: Frames) -> dict[str, Any]:
         controls.ablation(frames),
         controls.only_correct(frames),
     )
-    drawing = alt.hconcat(*[panel(component) for component in frames.components]).resolve_scale(
-        color="shared"
-    )
+    drawing = layout.row(*[panel(component) for component in frames.components], color="shared")
     return {
         "caption": (
             "Each point is a prompt at one ablated layer; the colour is the layer. Triangles at the edge lie beyond "

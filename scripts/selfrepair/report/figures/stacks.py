@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import controls, scales, theme
+from selfrepair.report.figures import controls, layout, scales, theme
 from selfrepair.report.figures.figure import chart
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -73,4 +73,4 @@ def panels(frames: Frames, table: pl.DataFrame, colours: dict[str, str], title: 
             scales.off_scale(total, "value", prefix=TOTAL, x=x, y="shown_value:Q"),
         ).properties(width=340, height=240, title=f"{theme.COMPONENT[component]} ablated")
 
-    return alt.hconcat(*[panel(name) for name in frames.components])
+    return layout.row(*[panel(name) for name in frames.components])

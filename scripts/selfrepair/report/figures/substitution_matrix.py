@@ -5,8 +5,8 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.analysis.verdicts import AMPLIFIED, NOT_REPAIRABLE, REPAIRED
-from selfrepair.report.figures import controls, theme, wording
+from selfrepair.analysis.classes import AMPLIFIED, NOT_REPAIRABLE, REPAIRED
+from selfrepair.report.figures import controls, layout, theme, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
 
@@ -93,7 +93,7 @@ def build(frames: Frames) -> dict[str, Any]:
         )
 
     grid = [
-        alt.hconcat(
+        layout.row(
             panel(component, "drop", "mean drop (logits)"),
             panel(component, "classes", "repaired·amplified / possible"),
         )
@@ -104,7 +104,7 @@ def build(frames: Frames) -> dict[str, Any]:
         controls.layer(frames, layers[0], "from layer"),
         controls.window(frames, layers[-1] - layers[0] + 1),
     )
-    drawing = alt.vconcat(*grid).resolve_scale(color="independent")
+    drawing = layout.column(*grid, color="independent")
     return {
         "caption": (
             "Row: the data set whose prompts are run; column: the origin of the replacing activations (in brackets: "
