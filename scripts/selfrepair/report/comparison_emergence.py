@@ -68,11 +68,22 @@ def emergence(table: pl.DataFrame, family: str, steps: Mapping[str, int]) -> Fig
             x=x,
             y=y,
             color=colour,
-            detail="layer:Q",
-            tooltip=["layer:Q", "step:Q", "value:Q", "low:Q", "high:Q", "class:N"],
+            detail=alt.Detail("layer:Q"),
+            tooltip=[
+                alt.Tooltip("layer:Q"),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("value:Q"),
+                alt.Tooltip("low:Q"),
+                alt.Tooltip("high:Q"),
+                alt.Tooltip("class:N"),
+            ],
         )
         band = base.mark_area(clip=True, opacity=0.12).encode(
-            x=x, y=alt.Y("low:Q", scale=scale, title=title), y2="high:Q", color=colour, detail="layer:Q"
+            x=x,
+            y=alt.Y("low:Q", scale=scale, title=title),
+            y2=alt.Y2("high:Q"),
+            color=colour,
+            detail=alt.Detail("layer:Q"),
         )
         heading = f"{theme.COMPONENT[component]} ablated"
         return alt.layer(*draw.rules(), band, line).properties(width=320, height=180, title=heading)
@@ -91,7 +102,7 @@ def emergence(table: pl.DataFrame, family: str, steps: Mapping[str, int]) -> Fig
                 y=alt.Y("value:Q", title="contributions", axis=alt.Axis(format="d", tickMinStep=1)),
                 color=classes.colour([name for name in classes.CLASSES if name in set(own["class"])]),
                 order=alt.Order("rank:Q"),
-                tooltip=["step:O", "class:N", "value:Q"],
+                tooltip=[alt.Tooltip("step:O"), alt.Tooltip("class:N"), alt.Tooltip("value:Q")],
             )
             .properties(width=320, height=120)
         )

@@ -51,7 +51,7 @@ def restoration(table: pl.DataFrame) -> Figure:
         scale = alt.Scale(domain=[-CLIP, CLIP])
         y = alt.Y("value:Q", title=f"restoration, {theme.COMPONENT[component]}", scale=scale)
         bars = base.mark_rule(clip=True, strokeWidth=2).encode(
-            x=x, y=alt.Y("low:Q", scale=scale, title=""), y2="high:Q", color=classes_of.colour(classes)
+            x=x, y=alt.Y("low:Q", scale=scale, title=""), y2=alt.Y2("high:Q"), color=classes_of.colour(classes)
         )
         marks = base.mark_point(clip=True, filled=True, size=70, opacity=1).encode(
             x=x, y=y, color=classes_of.colour(classes), shape=classes_of.shape(classes), tooltip=_tooltip()
@@ -101,7 +101,7 @@ def depth(table: pl.DataFrame) -> Figure:
         sure = base.transform_filter("datum.class === 'repaired'").mark_point(
             size=26, filled=True, color=theme.PAPER_INK, opacity=1
         )
-        dots = sure.encode(x="depth:Q", y=alt.Y("model:N", sort=models))
+        dots = sure.encode(x=alt.X("depth:Q"), y=alt.Y("model:N", sort=models))
         title = f"{theme.COMPONENT[component]} ablated"
         return alt.layer(marks, dots).properties(width=330, height=26 * len(models) + 20, title=title)
 
@@ -135,7 +135,7 @@ def classes(table: pl.DataFrame) -> Figure:
             x=alt.X("count:Q", title="contributions", axis=alt.Axis(format="d", tickMinStep=1)),
             color=classes_of.colour([name for name in CLASSES if name in set(rows["class"])]),
             order=alt.Order("rank:Q"),
-            tooltip=["model:N", "class:N", "count:Q"],
+            tooltip=[alt.Tooltip("model:N"), alt.Tooltip("class:N"), alt.Tooltip("count:Q")],
         )
         .transform_calculate(rank=f"indexof({list(CLASSES)!r}, datum.class)")
         .properties(width=520, height=alt.Step(26))
@@ -182,9 +182,16 @@ def size(table: pl.DataFrame, models: Mapping[str, Mapping[str, Any]]) -> Figure
         y=y,
         color=alt.Color("architecture:N", scale=alt.Scale(range=list(theme.PALETTE))),
         shape=alt.Shape("norm:N", title="final norm"),
-        tooltip=["model:N", "architecture:N", "norm:N", "parameters:Q", "value:Q", "count:Q"],
+        tooltip=[
+            alt.Tooltip("model:N"),
+            alt.Tooltip("architecture:N"),
+            alt.Tooltip("norm:N"),
+            alt.Tooltip("parameters:Q"),
+            alt.Tooltip("value:Q"),
+            alt.Tooltip("count:Q"),
+        ],
     )
-    text = base.mark_text(align="left", dx=8, dy=-6).encode(x=x, y=y, text="model:N")
+    text = base.mark_text(align="left", dx=8, dy=-6).encode(x=x, y=y, text=alt.Text("model:N"))
     chart = alt.layer(marks, text).properties(width=560, height=280)
     return assembled(
         "size",

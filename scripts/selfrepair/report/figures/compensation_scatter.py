@@ -43,16 +43,18 @@ def build(frames: Frames) -> dict[str, Any]:
         colour = theme.COMPONENT_COLOUR[theme.COMPONENT[component]]
         dots = base.mark_circle(size=28, opacity=0.6, color=colour).encode(x=x, y=y, tooltip=tooltip)
         line = chart("fits", lines, where, f"datum.ablation === {controls.ABLATION}", "isValid(datum.slope)")
-        fit = line.mark_rule(strokeWidth=2, color=theme.INK).encode(x="x0:Q", x2="x1:Q", y="y0:Q", y2="y1:Q")
+        fit = line.mark_rule(strokeWidth=2, color=theme.INK).encode(
+            x=alt.X("x0:Q"), x2=alt.X2("x1:Q"), y=alt.Y("y0:Q"), y2=alt.Y2("y1:Q")
+        )
         diagonal = line.mark_rule(strokeDash=[5, 4], color=theme.MUTED, clip=True).encode(
-            x="x0:Q", x2="x1:Q", y="x0:Q", y2="x1:Q"
+            x=alt.X("x0:Q"), x2=alt.X2("x1:Q"), y=alt.Y("x0:Q"), y2=alt.Y2("x1:Q")
         )
         label = (
             "'slope ' + format(datum.slope, '.2f') + (isValid(datum.r2) ? ', r² ' + format(datum.r2, '.2f') : '')"
             " + ', n = ' + datum.prompts"
         )
         note = line.transform_calculate(label=label).mark_text(align="left", fontSize=12, color=theme.INK)
-        placed = note.encode(x=alt.value(8), y=alt.value(14), text="label:N")
+        placed = note.encode(x=alt.XValue(8), y=alt.YValue(14), text=alt.Text("label:N"))
         return alt.layer(diagonal, dots, fit, placed).properties(
             width=330, height=260, title=f"{theme.COMPONENT[component]} ablated, one layer"
         )
@@ -66,10 +68,12 @@ def build(frames: Frames) -> dict[str, Any]:
             x=alt.X("shown_loss:Q", title=LOSS),
             y=alt.Y("shown_repair:Q", title=REPAIR),
             color=depth(),
-            shape=alt.condition("datum.off", alt.value("triangle-up"), alt.value("circle")),
+            shape=alt.ShapeValue(**alt.condition("datum.off", alt.value("triangle-up"), alt.value("circle"))),
             tooltip=tooltip,
         )
-        zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y="at:Q")
+        zero = (
+            alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y=alt.Y("at:Q"))
+        )
         return alt.layer(zero, dots).properties(
             width=330, height=260, title=f"{theme.COMPONENT[component]} ablated, all layers"
         )

@@ -84,9 +84,9 @@ def _panel(
     band = base.mark_area().encode(
         x=x,
         y=alt.Y("shown_low:Q", title=row.title, scale=scale),
-        y2="shown_high:Q",
+        y2=alt.Y2("shown_high:Q"),
         color=colour,
-        opacity=alt.condition(highlight, alt.value(faint), alt.value(0.01)),
+        opacity=alt.OpacityValue(**alt.condition(highlight, alt.value(faint), alt.value(0.01))),
     )
     line = (
         base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=26))
@@ -95,7 +95,7 @@ def _panel(
             y=y,
             color=colour,
             strokeDash=dash,
-            opacity=alt.condition(highlight, alt.value(1), alt.value(0.12)),
+            opacity=alt.OpacityValue(**alt.condition(highlight, alt.value(1), alt.value(0.12))),
             tooltip=[
                 alt.Tooltip(f"{series.field}:N"),
                 alt.Tooltip("layer:Q", format="d"),

@@ -113,7 +113,7 @@ def build(frames: Frames) -> dict[str, Any]:
         draws = (
             ablated.transform_calculate(series="'after (draws)'")
             .mark_line(strokeWidth=0.9, opacity=0.55)
-            .encode(x=x, y=y, color=series, detail="draw:N")
+            .encode(x=x, y=y, color=series, detail=alt.Detail("draw:N"))
         )
         dots = alt.OverlayMarkDef(size=26)
         mean = (
@@ -124,7 +124,7 @@ def build(frames: Frames) -> dict[str, Any]:
         )
         base = clean.mark_line(strokeWidth=2.4, point=dots).encode(x=x, y=y, color=series, tooltip=tooltip)
         rule = alt.Chart(alt.NamedData("after")).transform_filter(picked).transform_aggregate(at="min(layer)")
-        at = rule.mark_rule(strokeDash=[3, 3], color=theme.MUTED).encode(x="at:Q")
+        at = rule.mark_rule(strokeDash=[3, 3], color=theme.MUTED).encode(x=alt.X("at:Q"))
         name = "attention" if read == ATTN else "MLP"
         return alt.layer(at, base, draws, mean).properties(
             width=340, height=230, title=f"direct effect of each layer's {name}"
@@ -134,7 +134,7 @@ def build(frames: Frames) -> dict[str, Any]:
         line="datum.text + ' → “' + datum.target + '”'"
     )
     words = shown.mark_text(align="left", fontSize=12, color=theme.INK, limit=760).encode(
-        x=alt.value(0), y=alt.value(8), text="line:N"
+        x=alt.XValue(0), y=alt.YValue(8), text=alt.Text("line:N")
     )
     params = (
         prompt,

@@ -72,18 +72,18 @@ def build(frames: Frames) -> dict[str, Any]:
             scales.clamped(single, measure, (measure,), bulk[component])
             .transform_calculate(shown=f"datum.shown_{measure}")
             .mark_line(strokeWidth=0.7, opacity=0.35, color=theme.SKY)
-            .encode(x=theme.layer_axis(frames.ablated), y=axis, detail="key:N")
+            .encode(x=theme.layer_axis(frames.ablated), y=axis, detail=alt.Detail("key:N"))
         )
         picked = f"datum.ablation === {controls.ABLATION} && datum.measure === '{measure}'"
         mean = scales.clamped(
             chart("means", average, where, picked), "value", ("value", "low", "high"), bulk[component]
         ).transform_calculate(shown="datum.shown_value")
         band = mean.mark_area(opacity=0.3, color=theme.VERMILLION).encode(
-            x="layer:Q", y="shown_low:Q", y2="shown_high:Q"
+            x=alt.X("layer:Q"), y=alt.Y("shown_low:Q"), y2=alt.Y2("shown_high:Q")
         )
         dots = alt.OverlayMarkDef(color=theme.VERMILLION, size=26)
         line = mean.mark_line(strokeWidth=2.4, color=theme.VERMILLION, point=dots).encode(
-            x="layer:Q",
+            x=alt.X("layer:Q"),
             y=axis,
             tooltip=[
                 alt.Tooltip("layer:Q", format="d"),
@@ -92,7 +92,7 @@ def build(frames: Frames) -> dict[str, Any]:
                 alt.Tooltip("high:Q", title="to", format=".3f"),
             ],
         )
-        marks = scales.off_scale(mean, "value", on_line=True, x="layer:Q", y="shown:Q")
+        marks = scales.off_scale(mean, "value", on_line=True, x=alt.X("layer:Q"), y=alt.Y("shown:Q"))
         return alt.layer(lines, band, line, marks).properties(
             width=330, height=190, title=f"{theme.COMPONENT[component]}, {MEASURES[measure].split(' (')[0]}"
         )

@@ -22,10 +22,10 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
         lo="min(datum.x0, datum.y0, 0)", hi="max(datum.x1, datum.y1, 0)"
     ).transform_calculate(gap="(datum.hi - datum.lo) * 0.13")
     line = span.transform_calculate(end="[datum.lo, datum.hi]").transform_flatten(["end"])
-    diagonal = line.mark_line(strokeDash=[5, 4], color=theme.MUTED).encode(x="end:Q", y="end:Q")
+    diagonal = line.mark_line(strokeDash=[5, 4], color=theme.MUTED).encode(x=alt.X("end:Q"), y=alt.Y("end:Q"))
     zero = alt.Chart(alt.InlineData(values=[{"at": 0}]))
     rule = zero.mark_rule(color=theme.MUTED, opacity=0.7)
-    axes = [rule.encode(y="at:Q"), rule.encode(x="at:Q")]
+    axes = [rule.encode(y=alt.Y("at:Q")), rule.encode(x=alt.X("at:Q"))]
     places = (
         f"[{{t: '{LESS}', x: datum.hi, y: datum.hi * 0.3, on: datum.x1 > datum.gap}},"
         f" {{t: '{MORE}', x: datum.hi * 0.75, y: datum.hi, on: datum.x1 > datum.gap || datum.y1 > datum.gap}},"
@@ -38,13 +38,13 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
             label="datum.place.on ? datum.place.t : ''", tx="datum.place.x", ty="datum.place.y"
         )
         .mark_text(align="right", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
-        .encode(x="tx:Q", y="ty:Q", text="label:N")
+        .encode(x=alt.X("tx:Q"), y=alt.Y("ty:Q"), text=alt.Text("label:N"))
     )
     against = (
         span.transform_calculate(
             label=f"datum.x0 < -3 * datum.gap ? 'suppressor: {LESS}' : ''", tx="datum.lo", ty="datum.lo * 0.3"
         )
         .mark_text(align="left", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
-        .encode(x="tx:Q", y="ty:Q", text="label:N")
+        .encode(x=alt.X("tx:Q"), y=alt.Y("ty:Q"), text=alt.Text("label:N"))
     )
     return [diagonal, *axes, names, against]

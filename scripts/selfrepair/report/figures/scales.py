@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import altair as alt
+
 from selfrepair.report.figures import controls, theme
 
 REACH = 3.0  # times the upper quartile of the sizes in a panel
@@ -53,7 +55,7 @@ def off_scale(
         .transform_filter("datum.magnitude === datum.farthest")
         .transform_calculate(label=f"{start} + replace(format(datum.{size}, '.3~r'), '-', '−')")
         .mark_text(fontSize=10, fontWeight="bold", color=theme.INK, align=align, dx=dx, dy=-8)
-        .encode(text="label:N", **position)
+        .encode(text=alt.Text("label:N"), **position)
     )
 
 

@@ -31,7 +31,7 @@ def build(frames: Frames) -> dict[str, Any]:
             x=alt.X("shown_unembed:Q", title=theme.UNEMBED),
             y=alt.Y("shown_drop:Q", title=theme.DROP),
             color=depth(),
-            shape=alt.condition("datum.off", alt.value("triangle-up"), alt.value("circle")),
+            shape=alt.ShapeValue(**alt.condition("datum.off", alt.value("triangle-up"), alt.value("circle"))),
             tooltip=points.tooltip(("unembed", "Δunembed"), ("drop", "drop")),
         )
         layers = regions.marks(base, "shown_unembed", "shown_drop")

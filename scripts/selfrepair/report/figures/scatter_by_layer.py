@@ -47,7 +47,7 @@ def build(frames: Frames) -> dict[str, Any]:
             y=y,
             color=colour,
             shape=shape,
-            opacity=alt.condition(highlight, alt.value(0.55), alt.value(0.04)),
+            opacity=alt.OpacityValue(**alt.condition(highlight, alt.value(0.55), alt.value(0.04))),
             tooltip=[alt.Tooltip("ablation:N"), *points.tooltip(("x", "Δunembed"), ("y", "drop"))],
         )
         .add_params(highlight)
@@ -60,7 +60,7 @@ def build(frames: Frames) -> dict[str, Any]:
             y=y,
             color=colour,
             shape=shape,
-            opacity=alt.condition(highlight, alt.value(1), alt.value(0.06)),
+            opacity=alt.OpacityValue(**alt.condition(highlight, alt.value(1), alt.value(0.06))),
             tooltip=[
                 alt.Tooltip("ablation:N", title="mean of"),
                 alt.Tooltip("n:Q", title="prompts"),

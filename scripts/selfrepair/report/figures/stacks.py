@@ -51,26 +51,28 @@ def panels(frames: Frames, table: pl.DataFrame, colours: dict[str, str], title: 
             .encode(
                 x=x,
                 y=alt.Y("shown_bottom:Q", title=title),
-                y2="shown_top:Q",
+                y2=alt.Y2("shown_top:Q"),
                 color=alt.Color("term:N", title=heading, scale=scale),
                 tooltip=tooltip,
             )
         )
         total = base.transform_filter(f"datum.term === '{TOTAL}'")
         interval = total.mark_rule(strokeWidth=1.4, color=theme.INK).encode(
-            x=x, y="shown_low:Q", y2="shown_high:Q"
+            x=x, y=alt.Y("shown_low:Q"), y2=alt.Y2("shown_high:Q")
         )
         kind = alt.Shape("term:N", title=None, scale=alt.Scale(domain=[TOTAL], range=["diamond"]))
         mark = total.mark_point(filled=True, opacity=1, size=50, color=theme.INK).encode(
-            x=x, y="shown_value:Q", shape=kind, tooltip=tooltip
+            x=x, y=alt.Y("shown_value:Q"), shape=kind, tooltip=tooltip
         )
-        zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y="at:Q")
+        zero = (
+            alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y=alt.Y("at:Q"))
+        )
         return alt.layer(
             bars,
             zero,
             interval,
             mark,
-            scales.off_scale(total, "value", prefix=TOTAL, x=x, y="shown_value:Q"),
+            scales.off_scale(total, "value", prefix=TOTAL, x=x, y=alt.Y("shown_value:Q")),
         ).properties(width=340, height=240, title=f"{theme.COMPONENT[component]} ablated")
 
     return layout.row(*[panel(name) for name in frames.components])

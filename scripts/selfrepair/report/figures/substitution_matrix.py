@@ -85,7 +85,9 @@ def build(frames: Frames) -> dict[str, Any]:
                 alt.Tooltip("layers:Q", title="layers averaged"),
             ],
         )
-        numbers = base.mark_text(fontSize=10, color=theme.PAPER_INK).encode(x=x, y=y, text="label:N")
+        numbers = base.mark_text(fontSize=10, color=theme.PAPER_INK).encode(
+            x=x, y=y, text=alt.Text("label:N")
+        )
         return alt.layer(cells, numbers).properties(
             width=size * len(columns),
             height=max(30, 28 * len(frames.sources)),
