@@ -33,6 +33,7 @@ from selfrepair.report.figures import (
     heads_scatter,
     impact_before_after,
     impact_by_layer,
+    layout,
     ledger,
     points,
     scales,
@@ -450,3 +451,35 @@ def test_script_json_cannot_close_its_element() -> None:
     text = embedding.script_json({"a": "</script><!-- \u2028"})
     assert "<" not in text
     assert json.loads(text) == {"a": "</script><!-- \u2028"}
+
+
+def test_panels_share_parameters_and_keep_their_views() -> None:
+    """One legend serves all panels: its parameter acts in every view, and no two views have one name."""
+    pick = alt.selection_point(name="pick", fields=["a"], bind="legend")
+
+    def panel(rows: int) -> alt.LayerChart:
+        points = alt.Chart(alt.NamedData("t")).mark_point().encode(x=alt.X("a:Q")).add_params(pick)
+        rule = alt.Chart(alt.InlineData(values=[{"at": i} for i in range(rows)])).mark_rule()
+        return alt.layer(rule.encode(y=alt.Y("at:Q")), points)
+
+    spec = layout.column(layout.row(panel(1), panel(1), y="shared"), layout.row(panel(2)))
+    (param,) = spec["params"]
+    layers = [chart["layer"][1]["name"] for row in spec["vconcat"] for chart in row["hconcat"]]
+    assert param["views"] == layers and len(set(layers)) == 3
+    assert sorted(len(rows) for rows in spec["datasets"].values()) == [1, 2]
+    assert spec["vconcat"][0]["resolve"] == {"scale": {"y": "shared"}}
+    other = alt.layer(alt.Chart().mark_point().add_params(alt.selection_point(name="pick", fields=["b"])))
+    with pytest.raises(ValueError, match="two parameters have the name 'pick'"):
+        layout.row(panel(1), other)
+
+
+def test_a_damaged_library_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda: made.append("x") or "vega")
+    monkeypatch.chdir(tmp_path)
+    for content, times in ((None, 1), (None, 1), ("0" * 64 + "\nvega", 2), ("\xff", 3)):
+        if content is not None:
+            (cached,) = Path("results/.cache").iterdir()
+            cached.write_text(content, "latin-1")
+        assert embedding._library() == "vega"
+        assert len(made) == times

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import scipy.stats
-from selfrepair.analysis import responsibility, verdicts
+from selfrepair.analysis import classes, responsibility, verdicts
 from selfrepair.analysis.contribution import Contribution
 from selfrepair.analysis.crossed import Design
 from selfrepair.analysis.schema import floor_key
@@ -144,7 +144,7 @@ def test_p_values_are_adjusted_over_the_contributions_that_could_be_repaired():
     ]
     rows += [planted(0.0, 0.5, 0.0, layer=4), planted(1.0, 0.0, 0.3, downstream=False, layer=5)]
     result = classified(*rows)
-    repairable = [row for row in result if row["class"] not in verdicts.NOT_REPAIRABLE]
+    repairable = [row for row in result if row["class"] not in classes.NOT_REPAIRABLE]
     assert len(repairable) == 4
     raw = np.array([scipy.stats.ttest_1samp(row.repair.mean(1), 0).pvalue for row in rows[:4]])
     order = np.argsort(raw)
@@ -207,7 +207,7 @@ def test_a_silent_contribution_does_not_attenuate():
 
 
 def test_counts_name_every_class():
-    assert verdicts.counts(["repaired", "undecided", "repaired"]) == {
+    assert classes.counts(["repaired", "undecided", "repaired"]) == {
         "repaired": 2,
         "amplified": 0,
         "undecided": 1,

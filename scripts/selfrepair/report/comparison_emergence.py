@@ -78,7 +78,7 @@ def emergence(table: pl.DataFrame, family: str, steps: Mapping[str, int]) -> Fig
                 alt.Tooltip("class:N"),
             ],
         )
-        band = base.mark_area(clip=True, opacity=0.12).encode(
+        band = base.mark_area(clip=True, fillOpacity=0.12).encode(
             x=x,
             y=alt.Y("low:Q", scale=scale, title=title),
             y2=alt.Y2("high:Q"),

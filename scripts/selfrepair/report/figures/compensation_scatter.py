@@ -41,7 +41,9 @@ def build(frames: Frames) -> dict[str, Any]:
         where = f"datum.component === '{component}' && {controls.is_picked('source', 'layer')}"
         base = cloud.of_ablation(cloud.chart(where), "loss", "repair")
         colour = theme.COMPONENT_COLOUR[theme.COMPONENT[component]]
-        dots = base.mark_circle(size=28, opacity=0.6, color=colour).encode(x=x, y=y, tooltip=tooltip)
+        dots = base.mark_circle(size=28, opacity=1, fillOpacity=0.6, color=colour).encode(
+            x=x, y=y, tooltip=tooltip
+        )
         line = chart("fits", lines, where, f"datum.ablation === {controls.ABLATION}", "isValid(datum.slope)")
         fit = line.mark_rule(strokeWidth=2, color=theme.INK).encode(
             x=alt.X("x0:Q"), x2=alt.X2("x1:Q"), y=alt.Y("y0:Q"), y2=alt.Y2("y1:Q")
@@ -64,7 +66,7 @@ def build(frames: Frames) -> dict[str, Any]:
             cloud.chart(f"datum.component === '{component}'", controls.is_picked("source")), "loss", "repair"
         ).transform_calculate(largest="max(abs(datum.loss), abs(datum.repair))")
         base = scales.clamped(base, "largest", ("loss", "repair"))
-        dots = base.mark_point(filled=True, size=20, opacity=0.65).encode(
+        dots = base.mark_point(filled=True, size=20, opacity=1, fillOpacity=0.65).encode(
             x=alt.X("shown_loss:Q", title=LOSS),
             y=alt.Y("shown_repair:Q", title=REPAIR),
             color=depth(),

@@ -86,7 +86,7 @@ def _panel(
         y=alt.Y("shown_low:Q", title=row.title, scale=scale),
         y2=alt.Y2("shown_high:Q"),
         color=colour,
-        opacity=alt.OpacityValue(**alt.condition(highlight, alt.value(faint), alt.value(0.01))),
+        fillOpacity=alt.FillOpacityValue(**alt.condition(highlight, alt.value(faint), alt.value(0.01))),
     )
     line = (
         base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=26))

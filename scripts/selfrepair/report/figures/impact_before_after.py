@@ -112,7 +112,7 @@ def build(frames: Frames) -> dict[str, Any]:
         )
         draws = (
             ablated.transform_calculate(series="'after (draws)'")
-            .mark_line(strokeWidth=0.9, opacity=0.55)
+            .mark_line(strokeWidth=0.9, strokeOpacity=0.55)
             .encode(x=x, y=y, color=series, detail=alt.Detail("draw:N"))
         )
         dots = alt.OverlayMarkDef(size=26)

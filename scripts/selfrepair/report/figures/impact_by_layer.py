@@ -71,14 +71,14 @@ def build(frames: Frames) -> dict[str, Any]:
         lines = (
             scales.clamped(single, measure, (measure,), bulk[component])
             .transform_calculate(shown=f"datum.shown_{measure}")
-            .mark_line(strokeWidth=0.7, opacity=0.35, color=theme.SKY)
+            .mark_line(strokeWidth=0.7, strokeOpacity=0.35, color=theme.SKY)
             .encode(x=theme.layer_axis(frames.ablated), y=axis, detail=alt.Detail("key:N"))
         )
         picked = f"datum.ablation === {controls.ABLATION} && datum.measure === '{measure}'"
         mean = scales.clamped(
             chart("means", average, where, picked), "value", ("value", "low", "high"), bulk[component]
         ).transform_calculate(shown="datum.shown_value")
-        band = mean.mark_area(opacity=0.3, color=theme.VERMILLION).encode(
+        band = mean.mark_area(fillOpacity=0.3, color=theme.VERMILLION).encode(
             x=alt.X("layer:Q"), y=alt.Y("shown_low:Q"), y2=alt.Y2("shown_high:Q")
         )
         dots = alt.OverlayMarkDef(color=theme.VERMILLION, size=26)

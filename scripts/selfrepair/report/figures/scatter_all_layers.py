@@ -27,7 +27,7 @@ def build(frames: Frames) -> dict[str, Any]:
             cloud.chart(f"datum.component === '{component}'", controls.is_picked("source")), "drop"
         ).transform_calculate(largest="max(abs(datum.unembed), abs(datum.drop))")
         base = scales.clamped(base, "largest", ("unembed", "drop"))
-        dots = base.mark_point(filled=True, size=22, opacity=0.65).encode(
+        dots = base.mark_point(filled=True, size=22, opacity=1, fillOpacity=0.65).encode(
             x=alt.X("shown_unembed:Q", title=theme.UNEMBED),
             y=alt.Y("shown_drop:Q", title=theme.DROP),
             color=depth(),

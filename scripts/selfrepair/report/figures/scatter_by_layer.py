@@ -41,13 +41,13 @@ def build(frames: Frames) -> dict[str, Any]:
     x = alt.X("x:Q", title=theme.UNEMBED, scale=alt.Scale(zero=False))
     y = alt.Y("y:Q", title=theme.DROP, scale=alt.Scale(zero=False))
     dots = (
-        base.mark_point(filled=True, size=26)
+        base.mark_point(filled=True, size=26, opacity=1)
         .encode(
             x=x,
             y=y,
             color=colour,
             shape=shape,
-            opacity=alt.OpacityValue(**alt.condition(highlight, alt.value(0.55), alt.value(0.04))),
+            fillOpacity=alt.FillOpacityValue(**alt.condition(highlight, alt.value(0.55), alt.value(0.04))),
             tooltip=[alt.Tooltip("ablation:N"), *points.tooltip(("x", "Δunembed"), ("y", "drop"))],
         )
         .add_params(highlight)

@@ -47,7 +47,7 @@ def panels(frames: Frames, table: pl.DataFrame, colours: dict[str, str], title: 
         ]
         bars = (
             base.transform_filter(f"datum.term !== '{TOTAL}'")
-            .mark_bar(opacity=0.9)
+            .mark_bar(fillOpacity=0.9)
             .encode(
                 x=x,
                 y=alt.Y("shown_bottom:Q", title=title),
