@@ -51,7 +51,10 @@ def restoration(table: pl.DataFrame) -> Figure:
         scale = alt.Scale(domain=[-CLIP, CLIP])
         y = alt.Y("value:Q", title=f"restoration, {theme.COMPONENT[component]}", scale=scale)
         bars = base.mark_rule(clip=True, strokeWidth=2).encode(
-            x=x, y=alt.Y("low:Q", scale=scale, title=""), y2=alt.Y2("high:Q"), color=classes_of.colour(classes)
+            x=x,
+            y=alt.Y("low:Q", scale=scale, title=""),
+            y2=alt.Y2("high:Q"),
+            color=classes_of.colour(classes),
         )
         marks = base.mark_point(clip=True, filled=True, size=70, opacity=1).encode(
             x=x, y=y, color=classes_of.colour(classes), shape=classes_of.shape(classes), tooltip=_tooltip()

@@ -7,8 +7,8 @@ from typing import Any
 import polars as pl
 
 from selfrepair.analysis.cells import OUTCOMES
-from selfrepair.analysis.thresholds import MAX_NORM_RATIO, MAX_REPLACEMENT_SHARE
 from selfrepair.analysis.classes import CLASSES, READINGS, REPAIRED, counts
+from selfrepair.analysis.thresholds import MAX_NORM_RATIO, MAX_REPLACEMENT_SHARE
 from selfrepair.report.figures.frames import SITE, table
 from selfrepair.report.figures.wording import number, site
 from selfrepair.report.page import Cell, Table, cell, interval_cell

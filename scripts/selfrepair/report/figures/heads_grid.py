@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import classes, controls, head_panels, wording
+from selfrepair.report.figures import classes, controls, head_panels, layout, wording
 from selfrepair.report.figures.classes import CLASSES, JUDGED, READING, READINGS
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
@@ -56,12 +56,14 @@ def build(frames: Frames) -> dict[str, Any]:
         "class",
         color=classes.colour(shown),
         shape=classes.shape(shown),
-        opacity=alt.condition(judged, alt.value(1), alt.value(0.4)),
+        opacity=alt.OpacityValue(**alt.condition(judged, alt.value(1), alt.value(0.4))),
         tooltip=tooltip,
     )
     drawing = layout.column(
         layout.row(drop, loss, color="independent", shape="independent"),
         layout.row(repair, kinds, color="independent", shape="independent"),
+        color="independent",
+        shape="independent",
     )
     picked = f"{controls.SOURCE} + ' ' + {controls.ABLATION}"
     return {
@@ -78,7 +80,7 @@ def build(frames: Frames) -> dict[str, Any]:
         "shows": f"{wording.shows(frames)}, {READINGS['clean'][2]}",
         "data": table,
         "spec": specification(
-            drawing.resolve_scale(color="independent", shape="independent"),
+            drawing,
             {"heads": csv(carried)},
             controls.source(frames),
             controls.ablation(frames),

@@ -6,7 +6,7 @@ import altair as alt
 import polars as pl
 
 from selfrepair.planning.sites import HEAD
-from selfrepair.report.figures import controls, head_panels, wording
+from selfrepair.report.figures import controls, head_panels, layout, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import Frames, prompts_of, prompts_sample, scan
 from selfrepair.report.figures.impact_before_after import PROMPT, label
@@ -71,7 +71,9 @@ def build(frames: Frames) -> dict[str, Any]:
         grid.measure(base, name, title, tooltip, legend=name == "loss") for name, title in MEASURES.items()
     )
     drawing = layout.column(
-        layout.row(drop, loss, color="independent"), layout.row(repair, norm, color="independent")
+        layout.row(drop, loss, color="independent"),
+        layout.row(repair, norm, color="independent"),
+        color="independent",
     )
     kinds = dict.fromkeys(frames.default_ablation(source) for source in frames.sources)
     return {
@@ -85,7 +87,7 @@ def build(frames: Frames) -> dict[str, Any]:
         "shows": texts[chosen[0]],
         "data": table.drop("key"),
         "spec": specification(
-            drawing.resolve_scale(color="independent"),
+            drawing,
             {"heads": csv(carried)},
             controls.choice(PROMPT, "prompt", chosen, chosen[0], [texts[key] for key in chosen]),
             head_panels.limit(drawn, list(MEASURES), ["key"], PROMPT),

@@ -81,20 +81,20 @@ def build(frames: Frames) -> dict[str, Any]:
         .transform_filter(f"datum.rank <= {LABELLED}")
         .transform_calculate(label="datum.layer + '.' + datum.head")
         .mark_text(align="left", dx=7, dy=-6, fontSize=11, color=theme.INK)
-        .encode(x=x, y=y, text="label:N")
+        .encode(x=x, y=y, text=alt.Text("label:N"))
     )
     ends = base.transform_aggregate(low="min(shown_loss)", high="max(shown_loss)").transform_calculate(
         low="min(datum.low, 0)", high="max(datum.high, 0)", zero="0"
     )
     diagonal = ends.mark_rule(strokeDash=[5, 4], color=theme.MUTED).encode(
-        x="low:Q", x2="high:Q", y="low:Q", y2="high:Q"
+        x=alt.X("low:Q"), x2=alt.X2("high:Q"), y=alt.Y("low:Q"), y2=alt.Y2("high:Q")
     )
-    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y="at:Q")
+    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y=alt.Y("at:Q"))
     drawing = alt.layer(
         zero,
         diagonal,
-        upright.encode(x=x, y="shown_repair_low:Q", y2="shown_repair_high:Q"),
-        flat.encode(x="shown_loss_low:Q", x2="shown_loss_high:Q", y=y),
+        upright.encode(x=x, y=alt.Y("shown_repair_low:Q"), y2=alt.Y2("shown_repair_high:Q")),
+        flat.encode(x=alt.X("shown_loss_low:Q"), x2=alt.X2("shown_loss_high:Q"), y=y),
         dots,
         labels,
     ).properties(width=SIDE, height=SIDE * 4 // 5)
