@@ -14,12 +14,15 @@ from selfrepair.analysis.layers import LAYERS
 from selfrepair.analysis.verdicts import VERDICTS
 from selfrepair.effects.columns import EFFECTS
 from selfrepair.effects.head_columns import DOWNSTREAM_HEADS
+from selfrepair.effects.position_columns import AVERAGES, SELECTIONS
 from selfrepair.storage.schemas import CLEAN, MANIFEST, TOKENS
 
 PAGE = glossary.PAGE.read_text(encoding="utf-8")
 TABLES = {
     "effects/source=S/ablation=A/layer=L.parquet": EFFECTS,
     "downstream_heads/source=S/ablation=A/layer=L.parquet": DOWNSTREAM_HEADS,
+    "averages/source=S/ablation=A/layer=L.parquet": AVERAGES,
+    "selections/source=S/ablation=A/layer=L.parquet": SELECTIONS,
     "manifest.parquet": MANIFEST,
     "tokens/{dataset}.parquet": TOKENS,
     "clean/{dataset}.parquet": CLEAN,
