@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from selfrepair.effects.columns import EFFECTS, OUTCOME, names
+from selfrepair.effects.head_columns import DOWNSTREAM_HEADS
 from selfrepair.planning.grid import SUMMARY_TABLES
 from selfrepair.storage import schemas, tables
 
@@ -99,6 +100,7 @@ class Run:
     tokens: list[Path]
     clean: list[Path]
     cells: list[Path]
+    later_heads: list[Path] = field(default_factory=list)  # beside the cells, if heads are ablated
     truth: dict[tuple[str, str, int, str], Truth] = field(default_factory=dict)
 
     def cell(self, source: str, ablation: str, layer: int) -> Path:
@@ -108,7 +110,11 @@ class Run:
         """Inputs, outputs and params of the summary stage for this tree, as JSON-ready dictionary."""
         return {
             "stage": "summary",
-            "input": {"cells": [str(path) for path in self.cells], "clean": [str(p) for p in self.clean]},
+            "input": {
+                "cells": [str(path) for path in self.cells],
+                "downstream_heads": [str(path) for path in self.later_heads],
+                "clean": [str(path) for path in self.clean],
+            },
             "output": {
                 "numerics": str(self.base / "numerics.parquet"),
                 **{name: str(self.base / f"summary/{name}.parquet") for name in SUMMARY_TABLES},
@@ -320,6 +326,68 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
     metadata["config"] |= {"model": plan.model, "source": source, "ablation": ablation, "layer": layer}
     tables.write(path, columns, EFFECTS, metadata)
     run.cells.append(path)
+    if plan.heads:
+        _write_later_heads(run, path, flat, sites, replacement, metadata)
+
+
+def _write_later_heads(
+    run: Run,
+    cell: Path,
+    rows: dict[str, Any],
+    sites: list[tuple[str, int | None]],
+    replacement: NDArray[np.int32] | None,
+    metadata: dict[str, Any],
+) -> None:
+    """Divide the changes of every later attention among its heads, head 0 most, and write what the engine would."""
+    plan, layer = run.plan, metadata["layer"]
+    n, draws = plan.prompts, plan.draws_of(metadata["ablation"])
+    later = [(other, head) for other in range(layer + 1, plan.layers) for head in range(plan.heads)]
+    rng = _rng(plan, "later heads", metadata["source"], metadata["ablation"], layer)
+    columns: dict[str, list[Any]] = {name: [] for name in DOWNSTREAM_HEADS.names}
+    for number, (component, head) in enumerate(sites if later else []):
+        part = slice(number * n * draws, (number + 1) * n * draws)
+        attn = rows["downstream_attn"][part].reshape(n, draws, -1).astype(float)
+        share = 0.7 * (np.arange(plan.heads) == 0) + 0.3 / plan.heads
+        change = np.stack([attn[:, :, other] * share[h] for other, h in later], axis=-1)
+        clean = rng.normal(0, 0.1, (n, len(later)))
+        sign = np.sign(-rows["direct_effect"][part].reshape(n, draws))[:, :, None]
+        aligned, against = sign * change, sign * clean[:, None] < 0
+        gain = np.maximum(aligned, 0)
+        best = aligned.mean(1)
+        values = {
+            **_moments("change", change, replacement),
+            **_moments("aligned", aligned, replacement),
+            "attenuated": np.where(against, gain, 0).mean((0, 1)),
+            "woken": np.where(against, 0, gain).mean((0, 1)),
+            "propagated": np.minimum(aligned, 0).mean((0, 1)),
+            "agreement": ((best == best.max(1, keepdims=True)) & (best > 0)).mean(0),
+            "downstream_layer": [other for other, _ in later],
+            "downstream_head": [h for _, h in later],
+            "component": [component] * len(later),
+            "head": [head] * len(later),
+            **{key: [metadata["config"][key]] * len(later) for key in ("experiment", "model", "source")},
+            **{key: [metadata["config"][key]] * len(later) for key in ("ablation", "layer")},
+        }
+        for name, column in columns.items():
+            column.extend(np.float32(values[name]) if isinstance(values[name], np.ndarray) else values[name])
+    path = Path(str(cell).replace("/effects/", "/downstream_heads/"))
+    tables.write(path, columns, DOWNSTREAM_HEADS, {**metadata, "heads_add_up": True})
+    run.later_heads.append(path)
+
+
+def _moments(name: str, values: Array, replacement: NDArray[np.int32] | None) -> dict[str, Array]:
+    """Mean and sums of squares of `values` (prompt, draw, head)."""
+    mean = values.mean((0, 1))
+    across = np.zeros_like(mean)
+    for one in [] if replacement is None else np.unique(replacement):
+        same = values[replacement == one]  # (row, head)
+        across += len(same) * np.square(same.mean(0) - mean)
+    return {
+        f"{name}_mean": mean,
+        f"{name}_between": np.square(values.mean(1) - mean).sum(0),
+        f"{name}_within": np.square(values - values.mean(1, keepdims=True)).sum((0, 1)),
+        f"{name}_across": across,
+    }
 
 
 def _outcomes(plan: Plan, source: str, ablation: str, layer: int, rows: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from selfrepair.report.figures import (
     frames,
     heads_grid,
     heads_scatter,
+    heads_who_repairs,
     impact_before_after,
     impact_by_layer,
     layout,
@@ -212,6 +213,35 @@ def test_head_figures_are_means_over_the_rows_of_heads(data: frames.Frames, run:
     )
     both = repair.mean() + raw["norm_effect"].cast(pl.Float64).mean()  # type: ignore[operator]
     assert total["repair"].item() == pytest.approx(both)
+
+
+def test_the_strongest_pairs_of_heads_are_drawn_with_all_pairs_of_their_heads(data: frames.Frames) -> None:
+    table = heads_who_repairs.data(data)
+    assert {(row["layer"] < row["downstream_layer"]) for row in table.iter_rows(named=True)} == {True}
+    for keys, group in table.group_by("source", "ablation"):
+        every = data.later_heads.filter(source=keys[0], ablation=keys[1])
+        sure = every.filter(
+            (pl.col("adjusted_p") <= 0.05) & ((pl.col("aligned_low") > 0) | (pl.col("aligned_high") < 0))
+        )
+        assert len(sure) > 0  # head 0 of the next layer repairs, as planted
+        largest = sure.sort(pl.col("aligned_change").abs(), descending=True).head(heads_who_repairs.PAIRS)
+        selected = group.filter("selected")
+        pairs = ("layer", "head", "downstream_layer", "downstream_head")
+        assert set(selected.select(pairs).iter_rows()) == set(largest.select(pairs).iter_rows())
+        ablated = set(selected.select("layer", "head").iter_rows())
+        later = set(selected.select("downstream_layer", "downstream_head").iter_rows())
+        expected = {
+            row
+            for row in every.select(pairs).iter_rows()
+            if tuple(row[:2]) in ablated and tuple(row[2:]) in later
+        }
+        assert set(group.select(pairs).iter_rows()) == expected
+    row = table.row(0, named=True)
+    one = pl.all_horizontal(pl.col(name) == row[name] for name in heads_who_repairs.KEYS)
+    assert data.later_heads.filter(one)["aligned_change"].item() == row["aligned_change"]
+    assert row["attenuated"] + row["woken"] + row["propagated"] == pytest.approx(
+        row["aligned_change"], abs=1e-6
+    )
 
 
 def test_heads_are_not_drawn_as_contributions(data: frames.Frames) -> None:

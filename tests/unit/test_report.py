@@ -17,7 +17,7 @@ from selfrepair.analysis.classes import NOT_REPAIRABLE, READINGS
 from selfrepair.errors import DamagedFileError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import figures, report, summary
-from selfrepair.report import page, report_tables, sentences
+from selfrepair.report import head_pairs, page, report_tables, sentences
 from selfrepair.report.figures.wording import number
 from selfrepair.report.results import Results, read
 from selfrepair.storage import tables
@@ -348,6 +348,17 @@ def test_heads_have_a_section_of_their_own(tmp_path: Path) -> None:
     assert f"of {counts[1]} heads that could be repaired" in sentences.repair(heads)[0]
     assert sentences.repair(heads)[0] in shown.words()
     assert len(report_tables.verdicts(whole).rows) == 6
+    pairs = head_pairs.sentences(heads)
+    assert len(pairs) > 1 and all(sentence in shown.words() for sentence in pairs)
+    later = head_pairs.repairing(heads, "facts")
+    named = heads.later_heads.filter((pl.col("ablation") == "replace-facts") & pl.col("head").is_not_null())
+    for (layer, head), rows in later.items():
+        own = named.filter((pl.col("layer") == layer) & (pl.col("head") == head))
+        sure = own.filter((pl.col("aligned_low") > 0) & (pl.col("adjusted_p") <= 0.05))
+        assert [row["aligned_change"] for row in rows] == sorted(sure["aligned_change"], reverse=True)
+    assert later[1, 1][0]["downstream_head"] == 0  # as planted
+    assert "is repaired by head 0 of layer 2 by" in " ".join(pairs)
+    assert len(head_pairs.table(heads).rows) > 0
     assert {row[3].text for row in report_tables.verdicts(heads).rows} == {"head 0", "head 1"}
     data = next(json.loads(body) for attrs, body in shown.scripts if attrs.get("id") == "explorer-data")
     prompt = data["prompts"][0]

@@ -33,6 +33,9 @@ FIGURES = (
     FigureEntry("compensation-split", "who", "Repair by attention and by MLPs"),
     FigureEntry("downstream-heatmap", "who", "Which contributions change when one is ablated"),
     FigureEntry("heads-grid", "heads", "Every head: drop, direct loss, repair and class", of_heads=True),
+    FigureEntry(
+        "heads-who-repairs", "heads", "Which heads change most when a head is ablated", of_heads=True
+    ),
     FigureEntry("heads-scatter", "heads", "Repair against direct loss, head by head", of_heads=True),
     FigureEntry("compensation-scatter", "dose", "Repair against direct loss"),
     FigureEntry("compensation-slopes", "dose", "Slope of repair on direct loss"),

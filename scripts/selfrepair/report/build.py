@@ -7,7 +7,7 @@ from typing import Any
 from selfrepair.analysis import thresholds
 from selfrepair.analysis.classes import CLASSES
 from selfrepair.planning import figure_names
-from selfrepair.report import explorer, report_tables, sentences, templating
+from selfrepair.report import explorer, head_pairs, report_tables, sentences, templating
 from selfrepair.report.figures import embedding
 from selfrepair.report.figures.frames import table
 from selfrepair.report.figures.wording import number
@@ -107,9 +107,14 @@ def _heads(heads: Results) -> Section:
     return Section(
         "heads",
         "Which attention heads are repaired?",
-        [*sentences.repair(heads), *sentences.importance(heads), *sentences.repairers(heads)],
+        [
+            *sentences.repair(heads),
+            *sentences.importance(heads),
+            *sentences.repairers(heads),
+            *head_pairs.sentences(heads),
+        ],
         [report_tables.overview(heads)],
-        [report_tables.verdicts(heads), report_tables.strongest(heads)],
+        [report_tables.verdicts(heads), report_tables.strongest(heads), head_pairs.table(heads)],
     )
 
 
