@@ -13,6 +13,7 @@ from selfrepair.effects import trimming
 from selfrepair.effects.ablations import Replace
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.draws import Key
+from selfrepair.effects.later_heads import LaterHeads
 from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.models.loading import wrap
@@ -48,11 +49,16 @@ def loaded():
     return wrap(tiny_models.build("llama", torch.float32, **settings))
 
 
+def cell_prompts():
+    """The prompts of a cell, and their token ids."""
+    ids = torch.randint(3, V, (PROMPTS, T), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Prompt(number, tuple(row)) for number, row in enumerate(ids)], ids
+
+
 def cell(loaded, positions, path, layer, component, rows=4096, heads=(None,)):
     """One cell's ablations, after the clean runs."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, V, (PROMPTS, T), generator=generator).tolist()
-    prompts = [Prompt(number, tuple(row)) for number, row in enumerate(ids)]
+    prompts, _ = cell_prompts()
+    generator = torch.Generator().manual_seed(1)
     runs = CleanRuns(loaded, prompts, positions, path == "rows", rows, 1 << 30, heads[0] is not None)
     for number in range(len(runs.batches)):
         runs.run(number, layer)
@@ -194,3 +200,29 @@ def test_a_clean_run_for_last_costs_the_last_layer_one_position_after_its_attent
 def test_a_clean_run_for_all_costs_every_position(loaded):
     layer = T * (QKV + OUT + MLP) + attention(T, T)
     assert operations.count(clean(loaded, "all", False)) == PROMPTS * (L * layer + LOGITS)
+
+
+@pytest.mark.parametrize("head", [None, 2])
+@pytest.mark.parametrize(("positions", "path"), [("last", "rows"), ("all", "trimmed")])
+def test_reading_later_heads_costs_dot_products_only(loaded, positions, path, head):
+    """Directions are made once per prompt and layer, in the clean run: forth and back through the projection."""
+    site = Site(1, "attn", head)
+    prompts, ids = cell_prompts()
+    runs = CleanRuns(loaded, prompts, positions, path == "rows", 4096, 1 << 30, heads=True)
+    for number in range(len(runs.batches)):
+        runs.run(number, 1)
+    stored = torch.randn(5, 1 if positions == "last" else T, D if head is None else HEAD)
+    ablation = Replace(Key(0, "s", "a"), DRAWS, list(range(5)), {site: stored})
+    settings = Settings((site,), DRAWS, positions, path, 4096)
+    plain = operations.count(lambda: measure(loaded, runs, ablation, settings))
+    later = LaterHeads(loaded, runs, ablation, DRAWS)
+    assert operations.count(lambda: measure(loaded, runs, ablation, settings, later)) == plain
+    assert set(later.columns) == {site}
+    ids = torch.tensor(ids)
+    clean, with_heads = (
+        operations.count(
+            lambda heads=heads: clean_run(loaded, [0], ids[:1], positions=positions, heads=heads)
+        )
+        for heads in (False, True)
+    )
+    assert with_heads - clean == 2 * L * OUT

@@ -100,8 +100,8 @@ class Run:
     tokens: list[Path]
     clean: list[Path]
     cells: list[Path]
-    later_heads: list[Path] = field(default_factory=list)  # beside the cells, if heads are ablated
     truth: dict[tuple[str, str, int, str], Truth] = field(default_factory=dict)
+    later_heads: list[Path] = field(default_factory=list)  # beside the cells, if heads are ablated
 
     def cell(self, source: str, ablation: str, layer: int) -> Path:
         return self.base / f"effects/source={source}/ablation={ablation}/layer={layer}.parquet"
