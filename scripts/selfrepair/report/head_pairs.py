@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from selfrepair.analysis.verdicts import REPAIRED
+from selfrepair.analysis.classes import REPAIRED
 from selfrepair.report.figures.frames import SITE
 from selfrepair.report.figures.heads_who_repairs import determined
 from selfrepair.report.figures.wording import estimate, listing, number, plural, site
