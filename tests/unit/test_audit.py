@@ -170,6 +170,18 @@ def test_a_tolerance_for_16_bits():
     assert audit.compare(rows, {"s": "float32"})[0]["warning"] == "ledger"
 
 
+@pytest.mark.parametrize(("error", "warning"), [(0.07, None), (0.09, "self-test")])
+def test_a_self_test_in_16_bits_is_compared_with_the_largest_rounding(error, warning):
+    """The control moves a logit by at most 0.04: up to twice that, engine and full forwards differ by rounding."""
+    control, real = planted(selftest_error=error)
+    rows = [control | {"effect_rms": 0.01, "effect_max": 0.04}, real]
+    assert audit.compare(rows, {"s": "bfloat16"})[0]["warning"] == warning
+    assert audit.compare(rows, {"s": "float32"})[0]["warning"] == "self-test"
+    # The floor of another site of the source counts: the self-test's error is the largest over sites.
+    elsewhere = [row | {"layer": 0} for row in (control | {"effect_max": 0.1}, real)]
+    assert audit.compare([*rows, *elsewhere], {"s": "bfloat16"})[0]["warning"] is None
+
+
 @pytest.mark.parametrize(
     ("less", "crossings", "layer"),
     [

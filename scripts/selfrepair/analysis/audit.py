@@ -21,6 +21,7 @@ from selfrepair.analysis.thresholds import (
     MAX_REPLACEMENT_SHARE,
     MIN_LOSS_TO_NOISE,
     NOISE_TOLERANCE,
+    SELFTEST_TO_NOISE_16_BIT,
     SELFTEST_TOLERANCE,
 )
 
@@ -132,15 +133,20 @@ def _median(values: np.ndarray) -> float:
 
 def compare(rows: Sequence[Row], dtypes: Mapping[str, str | None]) -> list[Row]:
     """Return the rows of AUDIT of real ablations, compared with the control's. `dtypes`: source -> dtype."""
-    floors = {floor_key(row): row["effect_rms"] for row in rows if row["ablation"] == CONTROL}
+    control = [row for row in rows if row["ablation"] == CONTROL]
+    floors = {floor_key(row): row["effect_rms"] for row in control}
+    largest: dict[str, float] = {}
+    for row in control:
+        largest[row["source"]] = max(row["effect_max"], largest.get(row["source"], 0.0))
     return [
-        _compared(row, floors[floor_key(row)], dtypes[row["source"]])
+        _compared(row, floors[floor_key(row)], largest[row["source"]], dtypes[row["source"]])
         for row in rows
         if row["ablation"] != CONTROL
     ]
 
 
-def _compared(row: Row, floor: float, dtype: str | None) -> Row:
+def _compared(row: Row, floor: float, largest: float, dtype: str | None) -> Row:
+    """Return a row compared with the control's rms at the same site and its largest effect on the same source."""
     effect, ratio, selftest = row["effect_rms"], row["norm_ratio_median"], row["selftest_error"]
     off = None
     if row["ablation"] != _REMOVES_ALL and np.isfinite(ratio):
@@ -158,7 +164,8 @@ def _compared(row: Row, floor: float, dtype: str | None) -> Row:
         messages.append("heads")
     if floor > NOISE_TOLERANCE * effect:
         messages.append("noise")
-    if selftest > SELFTEST_TOLERANCE * effect:
+    rounding = SELFTEST_TO_NOISE_16_BIT * largest if dtype in _16_BIT else 0.0
+    if selftest > max(SELFTEST_TOLERANCE * effect, rounding):
         messages.append("self-test")
     return row | {
         "noise_floor_rms": floor,

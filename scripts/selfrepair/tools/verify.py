@@ -143,7 +143,7 @@ def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Differenc
         # 16-bit cells record the tolerance that their self-test derived from the noise floor.
         relative = TOLERANCE.get(loaded.dtype)
         allowed = one.facts["engine"]["tolerance"] if relative is None else relative * size
-        asked = [OUTCOMES[name] for name in config["outcomes"] if name in OUTCOMES]
+        asked = [OUTCOMES[name] for name in config.get("outcomes", ()) if name in OUTCOMES]
         apart = {name: _apart(row[name], getattr(expected, name)) for name in (*COLUMNS, *asked)}
         if apart.get("top1_changed") and _tied(loaded, values, row, config["seed"], 2 * allowed):
             apart["top1_changed"] = 0.0

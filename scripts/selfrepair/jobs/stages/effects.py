@@ -64,7 +64,7 @@ def run(job: Job, session: Session) -> None:
         size = vectors * loaded.adapter.d_model * loaded.dtype.itemsize
         ablation.kept, ablation.heads = session.noise((key, ablation.key, heads), size), heads
     foils = {prompt.id: prompt.foil for prompt in source if prompt.foil is not None}
-    asked = Asked(tuple(params["outcomes"]), foils)
+    asked = Asked(tuple(params.get("outcomes", ())), foils)
     settings = Settings(sites, params["draws"], positions, choice.path, rows, asked)
     later = LaterHeads(loaded, runs, ablation, settings.n_draws) if "downstream_heads" in job.output else None
     started = time.perf_counter()
