@@ -104,6 +104,51 @@ def test_every_other_path_reads_the_same():
                 compare(loaded, positions, path, Site(1, "attn"))
 
 
+def test_every_position_has_its_own_changes(loaded):
+    """The heads at a position that is read change as they do where a full forward is read there."""
+    site, length = Site(1, "attn"), 7
+    with tiny_models.float64_throughout():
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(3, 200, (2, length), generator=generator)
+        run = clean_run(loaded, [0, 1], ids, positions="all", read="every", target=ids[:, 1:], heads=True)
+        value = torch.randn(2, 2, length, loaded.adapter.d_model, generator=generator, dtype=torch.float64)
+        block = [RowBlock(run, slice(0, 2), value)]
+        effects, found = ablate_and_read_heads(loaded, block, site, "all", "replay")
+        assert len(found.change) == 2 * 2 * (length - 1)
+        by_layer = found.change.unflatten(-1, (-1, 4)).sum(-1)
+        torch.testing.assert_close(by_layer, effects.downstream_attn[:, 2:], atol=1e-9, rtol=0)
+        for prompt, draw, position in ((0, 1, 0), (1, 0, 3), (1, 1, length - 2)):
+            part = slice(0, position + 1)  # later tokens do not matter to a causal model
+            clean = reference.forward(loaded, ids[prompt, part])
+            ablated = reference.forward(loaded, ids[prompt, part], (site, value[prompt, draw, part]))
+            target = int(ids[prompt, position + 1])
+            before, after = (
+                torch.cat([head_effects(loaded, one, clean, target, n) for n in (2, 3)])
+                for one in (clean, ablated)
+            )
+            row = (2 * prompt + draw) * (length - 1) + position
+            torch.testing.assert_close(found.clean[row], before, atol=1e-9, rtol=0)
+            torch.testing.assert_close(found.change[row], after - before, atol=1e-9, rtol=0)
+
+
+def test_the_sums_of_every_position_are_those_of_means_over_positions():
+    generator = torch.Generator().manual_seed(4)
+    change = torch.randn(
+        5, 2, 3, 4, generator=generator, dtype=torch.float64
+    )  # (prompt, draw, position, head)
+    clean = torch.randn(5, 3, 4, generator=generator, dtype=torch.float64)
+    loss = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64)
+    moments = HeadMoments(1, 4, Design(5, 2, None), torch.device("cpu"))
+    moments.add(change[:, None], clean, loss[:, None], range(5), range(1), range(2))
+    sums = moments.columns(0)
+    aligned = loss.sign()[..., None] * change
+    woken = torch.where(loss.sign()[..., None] * clean[:, None] >= 0, aligned.clamp_min(0), 0)
+    np.testing.assert_allclose(sums["woken"], woken.mean((0, 1, 2)))
+    wanted = crossed.Design(5, 2).moments(aligned.mean(2).numpy())
+    np.testing.assert_allclose(sums["aligned_between"], wanted.between)
+    np.testing.assert_allclose(sums["aligned_within"], wanted.within)
+
+
 def cell(loaded, sites, rows, draws=3):
     """Measure a cell whose prompts share replacements; return the sums, and every row of the sites in full."""
     generator = torch.Generator().manual_seed(7)
@@ -175,8 +220,8 @@ def test_sums_of_one_draw_have_no_spread_within_prompts():
     moments = HeadMoments(1, 3, Design(6, 1, None), torch.device("cpu"))
     for prompts in (range(2), range(2, 6)):
         part = change[prompts.start : prompts.stop]
-        loss = torch.ones(len(prompts), 1, 1)
-        moments.add(part[:, None], part[:, 0], loss, prompts, range(1), range(1))
+        loss = torch.ones(len(prompts), 1, 1, 1)
+        moments.add(part[:, None, :, None], part, loss, prompts, range(1), range(1))
     found = moments.columns(0)
     assert (found["change_within"] == 0).all() and (found["change_across"] == 0).all()
     np.testing.assert_allclose(found["woken"], change.mean((0, 1)))

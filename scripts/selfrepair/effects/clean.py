@@ -50,8 +50,9 @@ class CleanRun:
     contributions: dict[Site, Tensor] = field(default_factory=dict)  # -> (prompt, P, d_model)
     # layer -> (prompt, P, head, width) input of the attention's output projection; empty unless asked for
     head_inputs: dict[int, Tensor] = field(default_factory=dict)
-    # Of every layer, in readout precision, only with heads: the direct effects of the query heads, layer -> (prompt,
-    # head), and the directions that read them from the projection's input, layer -> (prompt, head, width).
+    # Of every layer, in readout precision, only with heads: the direct effects of the query heads, layer -> (reading,
+    # head), and the directions that read them from the projection's input, layer -> (reading, head, width). With
+    # `read: every` the directions would take as much memory as the contributions: they are made again for each pass.
     head_effects: dict[int, Tensor] = field(default_factory=dict)
     head_readout: dict[int, Tensor] = field(default_factory=dict)
     prefix: attention.KeysValues = field(default_factory=dict)
@@ -121,8 +122,6 @@ def clean_run(
     With `read: every` the prompts run twice: first for the targets and their directions, then for the direct effects,
     because keeping every contribution at every position until the end would multiply the memory of the run.
 
-    With `read: every` no later heads are read: their directions would take as much memory as the contributions.
-
     Raises InputError for `heads` if the model's attention does not split into heads.
     """
     n_layers = loaded.n_layers
@@ -131,7 +130,8 @@ def clean_run(
     first, n_read = length - 1, 1
     if read == "every":
         first, n_read = 0, length if target is None else target.shape[1]
-    readings = _Readings(loaded, slice(first, first + n_read))
+    at = slice(first, first + n_read)  # the positions read
+    readings = _Readings(loaded, at)
     if read == "every":
         readings.choose(*_final(loaded, input_ids), None if target is None else target.flatten())
     residual: dict[int, Tensor] = {}
@@ -170,8 +170,9 @@ def clean_run(
         return see
 
     head_inputs: dict[int, Tensor] = {}
-    heads_at_last: dict[int, Tensor] = {}  # (prompt, head, width), readout precision
-    scales: dict[int, Tensor] = {}  # (prompt,) of the post-norm, where there is one
+    heads_at_last: dict[int, Tensor] = {}  # (prompt, head, width), readout precision; with `read: last`
+    head_effects: dict[int, Tensor] = {}  # (reading, head), before the post-norm's scale
+    scales: dict[int, Tensor] = {}  # (reading,) of the post-norm, where there is one
 
     def projecting(number: int) -> Callable[[Tensor], None]:
         split = loaded.heads(number)
@@ -181,6 +182,10 @@ def clean_run(
             parts = parts.expand(batch, length, -1, -1)
             if read == "last":
                 heads_at_last[number] = parts[:, -1].to(loaded.device, loaded.readout.dtype)
+            else:  # the directions are known already
+                at_read = parts[:, at].flatten(0, 1).to(loaded.device, loaded.readout.dtype)
+                directions = pull_back(loaded, number, readings.direction.per_sigma)
+                head_effects[number] = torch.linalg.vecdot(at_read, directions)
             if number in wanted:
                 head_inputs[number] = kept(parts)
 
@@ -191,7 +196,8 @@ def clean_run(
         assert norm is not None
 
         def see(x: Tensor) -> None:
-            scales[number] = norm.sigma(x.reshape(batch, computed(number), -1)[:, -1].to(norm.gain))
+            value = x.reshape(batch, computed(number), -1).expand(batch, length, -1)
+            scales[number] = norm.sigma(value[:, at].flatten(0, 1).to(norm.gain))
 
         return see
 
@@ -204,9 +210,7 @@ def clean_run(
     if trimmed:
         inputs += trimming.trims(loaded)  # before the hooks that read the same inputs
     inputs += [(layer, entering(number)) for number, layer in enumerate(loaded.layers)]
-    if heads and read == "every":
-        inputs += [(loaded.projection(number), projecting(number)) for number in sorted(wanted)]
-    elif heads:
+    if heads:
         inputs += [(loaded.projection(number), projecting(number)) for number in range(n_layers)]
         modules = [(number, post_norm_module(loaded, number)) for number in range(n_layers)]
         inputs += [(module, normalizing(number)) for number, module in modules if module is not None]
@@ -224,12 +228,11 @@ def clean_run(
     if read == "last":
         readings.choose(residual[n_layers], output.logits[:, -1], target)
     columns = readings.columns()
-    direction = columns["direction"]
-    per_sigma = direction.w / direction.sigma[:, None]  # (reading, d_model)
-    head_readout = {number: pull_back(loaded, number, per_sigma) for number in heads_at_last}
-    head_effects = {
-        number: torch.linalg.vecdot(parts, head_readout[number]) for number, parts in heads_at_last.items()
+    head_readout = {
+        number: pull_back(loaded, number, readings.direction.per_sigma) for number in heads_at_last
     }
+    for number, parts in heads_at_last.items():
+        head_effects[number] = torch.linalg.vecdot(parts, head_readout[number])
     for number, scale in scales.items():
         head_effects[number] = head_effects[number] / scale[:, None]
     return CleanRun(
@@ -302,6 +305,13 @@ class _Readings:
         for site, value in self._waiting.items():
             self._reduce(site, value)
         self._waiting.clear()
+
+    @property
+    def direction(self) -> Direction:
+        """Return the readout of the targets, once they are chosen."""
+        assert self._chosen is not None
+        direction: Direction = self._chosen["direction"]
+        return direction
 
     def note_embedding(self, hidden: Tensor) -> None:
         """Record the input of the first layer."""

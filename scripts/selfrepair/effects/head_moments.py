@@ -51,14 +51,14 @@ class HeadMoments:
 
     def add(
         self,
-        change: Tensor,  # (prompt, site, draw, head)
-        clean: Tensor,  # (prompt, head) clean direct effects
-        loss: Tensor,  # (prompt, site, draw) direct loss D of the ablated site
+        change: Tensor,  # (prompt, site, draw, position read, head)
+        clean: Tensor,  # (prompt, position read, head) clean direct effects
+        loss: Tensor,  # (prompt, site, draw, position read) direct loss D of the ablated site
         prompts: range,  # of the design
         sites: range,
         draws: range,
     ) -> None:
-        """Add the rows of some prompts, sites and draws."""
+        """Add the rows of some prompts, sites and draws. A row's values are means over the positions that are read."""
         size = max(1, _AT_ONCE // max(1, change[0].numel()))
         for first in range(0, len(change), size):
             part = slice(first, first + size)
@@ -73,8 +73,9 @@ class HeadMoments:
         aligned = sign * change
         gain = aligned.clamp_min(0.0)
         against = sign * clean[:, None, None] < -SILENT
-        self._kinds["attenuated"][at] += torch.where(against, gain, 0.0).sum((0, 2))
-        self._kinds["woken"][at] += torch.where(against, 0.0, gain).sum((0, 2))
+        self._kinds["attenuated"][at] += torch.where(against, gain, 0.0).mean(3).sum((0, 2))
+        self._kinds["woken"][at] += torch.where(against, 0.0, gain).mean(3).sum((0, 2))
+        change, aligned = change.mean(3), aligned.mean(3)
         for number, values in enumerate((change, aligned)):
             self._sums[number, at] += values.sum((0, 2))
             self._squares[number, at] += values.square().sum((0, 2))

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from selfrepair.effects.rows import HookSilentError, RowBlock, join
-from selfrepair.models.head_readout import post_norm, post_norm_module
+from selfrepair.models.head_readout import post_norm, post_norm_module, pull_back
 from selfrepair.models.loading import LoadedModel
 from selfrepair.planning.sites import ATTN, Site, is_downstream
 
-LastOf = Callable[[Tensor], Tensor]  # an activation as the pass shapes it -> (row, width)
+ReadOf = Callable[[Tensor], Tensor]  # an activation as the pass shapes it -> (reading, width)
 Hook = tuple[nn.Module, Callable[[Tensor], None]]
 
 
@@ -31,11 +31,11 @@ def downstream_heads(loaded: LoadedModel, ablated: Site) -> list[tuple[int, int]
 class HeadChanges:
     """The direct effects of the heads of `downstream_heads`, in logits of the target, with the clean sigma."""
 
-    clean: Tensor  # (row, head) in the clean run
-    change: Tensor  # (row, head) ablated minus clean
+    clean: Tensor  # (reading, head) in the clean run
+    change: Tensor  # (reading, head) ablated minus clean
 
     def select(self, rows: slice) -> "HeadChanges":
-        """Return the changes of some rows."""
+        """Return the changes of some readings."""
         return HeadChanges(self.clean[rows], self.change[rows])
 
 
@@ -45,37 +45,47 @@ class HeadRows:
     def __init__(self, loaded: LoadedModel, blocks: Sequence[RowBlock], ablated: Site) -> None:
         self._loaded, self._blocks = loaded, blocks
         self.layers = downstream_layers(loaded, ablated)
-        self._effects: dict[int, Tensor] = {}  # layer -> (row, head), before the post-norm's scale
-        self._scales: dict[int, Tensor] = {}  # layer -> (row,) of the post-norm, where there is one
+        self._effects: dict[int, Tensor] = {}  # layer -> (reading, head), before the post-norm's scale
+        self._scales: dict[int, Tensor] = {}  # layer -> (reading,) of the post-norm, where there is one
 
-    def hooks(self, last_of: LastOf) -> list[Hook]:
+    def hooks(self, read_of: ReadOf) -> list[Hook]:
         """Return the hooks on inputs that read the heads of every downstream layer."""
         hooks: list[Hook] = []
         for number in self.layers:
-            hooks.append((self._loaded.projection(number), self._reading(number, last_of)))
+            hooks.append((self._loaded.projection(number), self._reading(number, read_of)))
             norm = post_norm_module(self._loaded, number)
             if norm is not None:
-                hooks.append((norm, self._scaling(number, last_of)))
+                hooks.append((norm, self._scaling(number, read_of)))
         return hooks
 
-    def _reading(self, number: int, last_of: LastOf) -> Callable[[Tensor], None]:
+    def _reading(self, number: int, read_of: ReadOf) -> Callable[[Tensor], None]:
         split = self._loaded.heads(number)
 
         def see(x: Tensor) -> None:
             if number in self._effects:
                 raise HookSilentError(f"the heads of layer {number} were observed twice in one pass")
-            parts = last_of(x).unflatten(-1, (split.n_heads, split.width))  # (row, head, width)
-            readout = join([block.per_row(block.run.head_readout[number]) for block in self._blocks])
+            parts = read_of(x).unflatten(-1, (split.n_heads, split.width))  # (reading, head, width)
+            readout = join([self._directions(block, number) for block in self._blocks])
             self._effects[number] = torch.linalg.vecdot(parts.to(readout), readout)
 
         return see
 
-    def _scaling(self, number: int, last_of: LastOf) -> Callable[[Tensor], None]:
+    def _directions(self, block: RowBlock, number: int) -> Tensor:  # (reading, head, width)
+        """Return the directions that read the heads of a layer."""
+        kept = block.run.head_readout.get(number)
+        if kept is not None:
+            return block.per_reading(kept)
+        own = block.run.by_prompt(block.run.direction.per_sigma)[
+            block.prompts
+        ]  # (prompt, position read, d_model)
+        return pull_back(self._loaded, number, own).repeat_interleave(block.n_draws, 0).flatten(0, 1)
+
+    def _scaling(self, number: int, read_of: ReadOf) -> Callable[[Tensor], None]:
         norm = post_norm(self._loaded, number)
         assert norm is not None
 
         def see(x: Tensor) -> None:
-            self._scales[number] = norm.sigma(last_of(x).to(norm.gain))
+            self._scales[number] = norm.sigma(read_of(x).to(norm.gain))
 
         return see
 
@@ -86,7 +96,7 @@ class HeadRows:
             raise HookSilentError(f"heads were not observed in an ablated run: layers {missing[:4]}")
         clean, ablated = [], []
         for number in self.layers:
-            clean.append(join([block.per_row(block.run.head_effects[number]) for block in self._blocks]))
+            clean.append(join([block.per_reading(block.run.head_effects[number]) for block in self._blocks]))
             effects = self._effects[number]
             if number in self._scales:
                 effects = effects / self._scales[number][:, None]
@@ -94,8 +104,8 @@ class HeadRows:
                 raise HookSilentError(f"the post-norm of layer {number} was not observed in an ablated run")
             ablated.append(effects)
         if not clean:
-            rows = sum(block.n_prompts * block.n_draws for block in self._blocks)
-            nothing = torch.zeros(rows, 0, dtype=self._loaded.readout.dtype, device=self._loaded.device)
+            readings = sum(block.n_prompts * block.n_draws * block.run.n_read for block in self._blocks)
+            nothing = torch.zeros(readings, 0, dtype=self._loaded.readout.dtype, device=self._loaded.device)
             return HeadChanges(nothing, nothing)
         before = torch.cat(clean, -1)
         return HeadChanges(before, torch.cat(ablated, -1) - before)

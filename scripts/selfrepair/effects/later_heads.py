@@ -43,15 +43,16 @@ class LaterHeads:
     def add(
         self,
         changes: HeadChanges,
-        direct_effect: Tensor,  # (row,)
+        direct_effect: Tensor,  # (reading,)
         batch: int,
         prompts: range,  # of the batch
         sites: range,  # of those that were started
         draws: range,
     ) -> None:
-        """Add rows, ordered by prompt, site and draw."""
+        """Add rows, ordered by prompt, site, draw and position read."""
         assert self._moments is not None
-        shape = len(prompts), len(sites), len(draws)
+        rows = len(prompts) * len(sites) * len(draws)
+        shape = len(prompts), len(sites), len(draws), len(direct_effect) // rows
         first = int(self._first[batch])
         self._moments.add(
             changes.change.unflatten(0, shape),

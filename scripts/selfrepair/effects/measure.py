@@ -86,7 +86,7 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Return the effect columns of a cell. Rows are ordered by site, prompt (as batched), draw and position.
 
-    `later_heads` is filled if it is given; the clean runs must then have been made with heads and `read: last`.
+    `later_heads` is filled if it is given; the clean runs must then have been made with heads.
 
     Besides the columns of `Effects` there are `site` (an index into `settings.sites`), `prompt`, `draw`, `position`
     (the position that is read) and `target` (its target token).
@@ -162,19 +162,25 @@ def _pieces(
             pending += reversed(halves)
             continue
         if later_heads is not None and changes is not None:
-            _add(later_heads, group, effects, changes)
+            _add(later_heads, group, blocks, effects, changes)
         yield effects, _Keys.from_blocks(group, blocks)
 
 
-def _add(later_heads: LaterHeads, group: list[_Rectangle], effects: Effects, changes: HeadChanges) -> None:
+def _add(
+    later_heads: LaterHeads,
+    group: list[_Rectangle],
+    blocks: list[RowBlock],
+    effects: Effects,
+    changes: HeadChanges,
+) -> None:
     """Add the rows of rectangles that ran at once."""
     first = 0
-    for part in group:
-        rows = slice(first, first + len(part.prompts) * len(part.sites) * len(part.draws))
-        first = rows.stop
+    for part, block in zip(group, blocks, strict=True):
+        readings = slice(first, first + block.n_prompts * block.n_draws * block.run.n_read)
+        first = readings.stop
         later_heads.add(
-            changes.select(rows),
-            effects.direct_effect[rows],
+            changes.select(readings),
+            effects.direct_effect[readings],
             part.batch,
             part.prompts,
             part.sites,

@@ -32,6 +32,11 @@ class Direction:
     constant: Tensor  # (prompt,) what the norm's and the head's biases add to the centred logit
     sigma: Tensor  # (prompt,) the clean run's norm scale
 
+    @property
+    def per_sigma(self) -> Tensor:  # (prompt, d_model)
+        """Return w / sigma: the direct effect of a vector is its product with this."""
+        return self.w / self.sigma[:, None]
+
     def effect(self, x: Tensor) -> Tensor:  # (prompt, ..., d_model) -> (prompt, ...)
         """Return u(x), the direct effect of vectors added to the residual stream, in logits (Eq. 10, 27)."""
         inner = (None,) * (x.dim() - 2)
