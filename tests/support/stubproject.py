@@ -114,9 +114,8 @@ def copy_workflow(directory: Path) -> None:
     """The files that make a run: Snakefile, rules, scripts and package."""
     shutil.copy(ROOT / "Snakefile", directory)
     for part in ("workflow/rules", "workflow/schemas", "scripts", "envs", "profiles", "workflow/report"):
-        ignore = shutil.ignore_patterns("__pycache__")
         if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, directory / part, ignore=ignore)
+            shutil.copytree(ROOT / part, directory / part)  # with byte code, which is valid for the copies
     shutil.copy(ROOT / "workflow" / "Snakefile", directory / "workflow")
     use_plain_log(directory)
 
@@ -191,6 +190,7 @@ class Project:
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of a user with a private directory for sockets."""
         dropped = {"OMP_NUM_THREADS", "SLURM_JOB_ID", "PYTHONPATH", "SNAKEMAKE_PROFILE", "SELFREPAIR_RUN"}
+        dropped.add("PYTHONDONTWRITEBYTECODE")  # else every process of a project compiles the package again
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
         kept |= {"XDG_RUNTIME_DIR": str(self.runtime_dir), "HF_HUB_OFFLINE": "1"}
         return {**kept, **self.extra_environment, **more}

@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,7 @@ def test_every_figure_counts_for_the_stages_that_draw() -> None:
 
 
 def digests(package: Path) -> dict[str, str]:
+    fingerprint._modules.cache_clear()
     fingerprint._parsed.cache_clear()  # files here change faster than some clocks tick
     modules = ("a", "b", "lonely", "typed", "sub.c", "sub.e")
     return {module: code_digest([f"pkg.{module}"], package) for module in modules}
@@ -150,6 +153,7 @@ def test_imports_by_a_computed_name_are_known() -> None:
         if "import_module(" in path.read_text() or "__import__(" in path.read_text()
     }
     assert users - {"planning/fingerprint.py"} == {
+        "__init__.py",  # the Python API, which no stage uses
         "jobs/dispatch.py",
         "effects/ablations.py",
         "report/figures/build.py",
@@ -158,3 +162,35 @@ def test_imports_by_a_computed_name_are_known() -> None:
     assert classes <= import_closure(stage_module("effects"))
     for stage in MODEL_STAGES + TABLE_STAGES:
         assert "selfrepair.jobs.dispatch" not in import_closure(stage_module(stage))
+
+
+def test_what_is_kept_beside_the_byte_code_is_used_only_for_the_same_source(package: Path) -> None:
+    before = digests(package)
+    kept = {path.name.partition(".")[0]: path for path in (package / "__pycache__").glob("*.logic.json")}
+    assert {"a", "b", "lonely", "typed"} <= set(kept)
+    assert digests(package) == before
+    entry = json.loads(kept["lonely"].read_text())
+    kept["lonely"].write_text(json.dumps({**entry, "logic": "another"}))
+    assert {module for module, digest in digests(package).items() if digest != before[module]} == {
+        "lonely",
+        "typed",
+    }
+    (package / "lonely.py").write_text(
+        FILES["lonely.py"] + "\n# A comment: the kept entry is of another source.\n"
+    )
+    assert digests(package) == before
+    for text in ("", "[]", '{"key": 1', "\x00"):
+        kept["lonely"].write_text(text)
+        assert digests(package) == before
+        assert json.loads(kept["lonely"].read_text())["logic"] == entry["logic"]
+
+
+def test_a_package_that_cannot_be_written_is_parsed(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError
+
+    before = digests(package)
+    shutil.rmtree(package / "__pycache__")
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert digests(package) == before
+    assert not (package / "__pycache__").exists()

@@ -4,12 +4,19 @@ Snakemake looks at the date of a rule's script, and not at all at the modules th
 turn that off (`rerun-triggers`). Each rule has, as a parameter, the digest of its script and of every module of this
 package that its stage can import. The digest is over syntax trees: comments, docstrings and formatting do not count,
 nor does the package's version number.
+
+Syntax trees of the whole package take Python most of a second. What is read from the tree of a module is therefore kept
+beside its byte code in `__pycache__`, with the digest of the source that it belongs to.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
+import importlib.util
+import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -70,10 +77,16 @@ def _source(module: str, package: Path) -> Path | None:
 def _imports(module: str, package: Path) -> list[str]:
     source = _source(module, package)
     assert source is not None
+    return _modules(module, package, source, source.stat().st_mtime_ns)
+
+
+@functools.cache
+def _modules(module: str, package: Path, source: Path, changed: int) -> list[str]:
+    """Return the modules that `module` imports. Every stage asks again for most of them."""
     around = module if source.name == "__init__.py" else module.rpartition(".")[0]
     parts = around.split(".")
     names: list[str] = []
-    for level, base, imported in _parsed(source, source.stat().st_mtime_ns).imports:
+    for level, base, imported in _parsed(source, changed).imports:
         start = ".".join([*parts[: len(parts) - level + 1], *([base] if base else [])]) if level else base
         # In `from x import y`, y is a module or a name in one. The existence of a file decides.
         names += [start, *(f"{start}.{name}" for name in imported)]
@@ -117,7 +130,34 @@ class _Parsed(NamedTuple):
 @functools.cache
 def _parsed(source: Path, changed: int) -> _Parsed:
     # `changed`, the time of the last change, is part of the cache's key.
-    tree = ast.parse(source.read_bytes(), filename=os.fspath(source))
+    content = source.read_bytes()
+    key = hashlib.sha256(_own_digest() + content).hexdigest()
+    kept = Path(importlib.util.cache_from_source(os.fspath(source))).with_suffix(".logic.json")
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, KeyError
+    ):  # absent, or damaged: it is written again
+        entry = json.loads(kept.read_bytes())
+        if entry["key"] == key:
+            return _Parsed(
+                str(entry["logic"]), [(int(n), str(base), names) for n, base, names in entry["imports"]]
+            )
+    parsed = _parse(content, source)
+    with contextlib.suppress(OSError):  # a read-only installation
+        kept.parent.mkdir(exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"key": key, **parsed._asdict()}), encoding="utf-8")
+        temporary.replace(kept)
+    return parsed
+
+
+@functools.cache
+def _own_digest() -> bytes:
+    """Return the digest of this module and of Python's version, which decide what is read from a syntax tree."""
+    return hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes()).digest()
+
+
+def _parse(content: bytes, source: Path) -> _Parsed:
+    tree = ast.parse(content, filename=os.fspath(source))
     imports: list[tuple[int, str, list[str]]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
