@@ -33,8 +33,8 @@ def loaded(request):
         yield wrap(tiny_models.exact(tiny_models.build(request.param, **settings)))
 
 
-def _logits(loaded, ids, site=None, value=None):
-    """The model's own logits at the last position, with a contribution replaced by a hook."""
+def _logits(loaded, ids, site=None, value=None, at=-1):
+    """The model's own logits at some positions, with a contribution replaced by a hook."""
 
     def replaced(output):
         changed = hooks.first(output).clone()
@@ -44,7 +44,7 @@ def _logits(loaded, ids, site=None, value=None):
 
     pairs = [] if site is None else [(loaded.contribution(site), replaced)]
     with hooks.on_output(pairs), torch.no_grad():
-        return loaded.model(input_ids=ids[None], use_cache=False).logits[0, -1].double()
+        return loaded.model(input_ids=ids[None], use_cache=False).logits[0, at].double()
 
 
 def _before_softcap(loaded, logits):
@@ -80,6 +80,31 @@ def test_outcomes_are_those_of_the_models_own_distribution(loaded, positions, pa
             for name, expected in wanted.items():
                 assert float(getattr(actual, name)[row]) == pytest.approx(float(expected), abs=1e-5), name
         assert float(actual.kl.min()) > 1e-3
+
+
+@pytest.mark.parametrize("path", ["replay", "full"])
+def test_outcomes_at_every_position(loaded, path):
+    """Every position has a clean distribution of its own and a target of its own."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, 200, (1, LENGTH), generator=generator)
+    target = ids[:, 1:]
+    run = clean_run(loaded, [7], ids, positions="all", read="every", target=target)
+    site, value = Site(0, "mlp"), torch.randn(1, DRAWS, LENGTH, 64, generator=generator)
+    asked = Asked(("logit", "logprob", "kl", "top1"))
+    actual = ablate(loaded, [RowBlock(run, slice(0, 1), value)], site, "all", path, asked)
+    before = _logits(loaded, ids[0], at=slice(0, LENGTH - 1))
+    for draw in range(DRAWS):
+        after = _logits(loaded, ids[0], site, value[0, draw], at=slice(0, LENGTH - 1))
+        p, q = before.softmax(-1), after.softmax(-1)
+        wanted = {
+            "logprob_change": (q / p).log().gather(-1, target[0, :, None])[:, 0],
+            "kl": (p * (p / q).log()).sum(-1),
+            "top1_changed": before.argmax(-1) != after.argmax(-1),
+        }
+        rows = slice(draw * (LENGTH - 1), (draw + 1) * (LENGTH - 1))
+        for name, expected in wanted.items():
+            found = getattr(actual, name)[rows]
+            torch.testing.assert_close(found, expected.to(found.dtype), atol=1e-5, rtol=0, msg=name)
 
 
 def test_only_what_is_asked_for_is_computed(loaded, monkeypatch):

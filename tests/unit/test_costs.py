@@ -120,6 +120,17 @@ def test_later_heads_cost_what_their_pairs_and_sums_take(root: Path) -> None:
     assert found.memory - without.memory == sums
 
 
+def test_the_memory_of_a_pass_is_counted_as_a_session_counts_it(root: Path) -> None:
+    """Measured on a model by tests/model/test_memory.py, with and without heads."""
+    config = projects.load(root)
+    found = costs.costs(config.experiments["grid"], config.models["demo"], {"facts": 10.0, "python": 20.0})
+    row = (
+        4 * (8 * 16 + 4 * 32) + 4 * 4 * 16 + 2 * 4 * 4 * 20
+    )  # width 16, widest product 32, 4 heads, 20 tokens
+    weights = 4 * (8 * BLOCK + 3200 + 16)
+    assert found.memory == weights + 4096 * row + 20 * 4 * 100 * 4
+
+
 def test_distributions_cost_one_product_per_run_and_one_per_prompt(root: Path) -> None:
     raw = projects.raw()
     raw["experiments"]["grid"] |= {

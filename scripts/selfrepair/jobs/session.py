@@ -14,6 +14,7 @@ from selfrepair.models.adapter import text_config
 from selfrepair.models.device import pick_devices
 from selfrepair.models.loading import LoadedModel, load
 from selfrepair.models.weights import ModelSpec, local_snapshot
+from selfrepair.planning.costs import row_bytes
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.prompts.tokenizers import load_tokenizer
 
@@ -157,14 +158,8 @@ class Session:
 
 
 def bytes_per_row(loaded: LoadedModel, length: int) -> int:
-    """Return an upper estimate of the bytes that one token takes in a pass over prompts of `length` tokens.
-
-    Counted: eight vectors of the residual stream and four of the widest product of a layer in the model's precision,
-    four readout vectors in float32, and two float32 rows of attention scores. No row has the vocabulary's size.
-    """
+    """Return an upper estimate of the bytes of one token in a pass over prompts of `length` tokens (`costs`)."""
     layer = loaded.layers[loaded.n_layers // 2]
     widest = max(max(p.shape[-2:]) for p in layer.parameters() if p.dim() >= 2)
     heads = getattr(text_config(loaded.model), "num_attention_heads", None) or 1
-    d_model = loaded.adapter.d_model
-    streams = loaded.dtype.itemsize * (8 * d_model + 4 * widest)
-    return streams + 4 * (4 * d_model) + 2 * 4 * heads * length
+    return int(row_bytes(loaded.dtype.itemsize, loaded.adapter.d_model, widest, heads, length))

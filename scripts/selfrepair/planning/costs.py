@@ -17,6 +17,7 @@ _OWN_MLP = 0.65  # part of a layer's parameters that its MLP has: what an attent
 _ROW = 60  # bytes of a row of effects beside its lists, compressed
 _PAIR = 67  # bytes of an ablated site and a later head in downstream_heads/, compressed
 _PAIR_OF_SUMMARY = 61  # the same in summary/downstream.parquet
+_PASS = 4096  # tokens of a pass on a CPU
 _PAGES = 30 << 20  # bytes of the figures and the report of an experiment and model
 
 
@@ -82,7 +83,8 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         "effects": rows * (2 * 4 * size.layers + _ROW) + n_cells * 6e3,
         "summary, figures, report": _PAGES + n_cells * len(experiment.components) * 1e3,
     }
-    working = 4096 * size.item * 12 * size.width + longest * 4 * size.vocabulary * 4
+    working = _PASS * row_bytes(size.item, size.width, size.widest, size.heads, longest)
+    working += longest * 4 * size.vocabulary * 4
     if heads:
         pairs = _pairs(experiment, size, layers) * len(experiment.datasets)
         disk["changes of later heads"] = pairs * len(ablations) * _PAIR + n_cells * 9e3
@@ -122,6 +124,16 @@ def _pairs(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:
     """Return the pairs of an ablated site and a later head of one source and ablation."""
     sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
     return sum(sites * (size.layers - layer - 1) * size.heads for layer in layers)
+
+
+def row_bytes(item: int, width: int, widest: int, heads: int, length: float) -> float:
+    """Return an upper estimate of the bytes that one token takes in a pass over prompts of `length` tokens.
+
+    Counted: eight vectors of the residual stream and four of the widest product of a layer in the model's precision,
+    four readout vectors in float32, and two float32 rows of attention scores. No row has the vocabulary's size. An
+    ablated head is a row as well, and its inputs of the output projection are no wider than the widest product.
+    """
+    return item * (8 * width + 4 * widest) + 4 * (4 * width) + 2 * 4 * heads * length
 
 
 def later_heads_bytes(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:

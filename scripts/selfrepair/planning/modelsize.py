@@ -31,6 +31,7 @@ class Size:
     vocabulary: int
     item: int  # bytes of a number in the model's dtype
     heads: int = 1  # query heads per layer
+    widest: int = 0  # the longest side of a weight of a layer
 
     @property
     def weights(self) -> int:
@@ -62,13 +63,16 @@ def size_of(model: Model) -> Size:
     if shapes:
         parameters = sum(map(math.prod, shapes))
         embeddings = sum(math.prod(shape) for shape in shapes if len(shape) == 2 and vocabulary in shape)
+        widest = max(max(shape[-2:]) for shape in shapes if len(shape) > 1 and vocabulary not in shape)
     else:
         experts = find(config, _EXPERTS) or 1
         # Four projections of attention, and three of a gated MLP (older models have two, so this is an upper bound).
         block = width * (2 * heads * head + keys_values) + 3 * width * inner * experts
         embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings", True) else 2)
         parameters = layers * block + embeddings
-    return Size(parameters, embeddings, layers, width, keys_values, vocabulary, ITEM[model.dtype], heads)
+        widest = max(inner, heads * head)
+    item = ITEM[model.dtype]
+    return Size(parameters, embeddings, layers, width, keys_values, vocabulary, item, heads, widest)
 
 
 def _shapes(directory: Path) -> list[list[int]]:
