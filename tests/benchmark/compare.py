@@ -35,7 +35,7 @@ from selfrepair.jobs.session import Session
 from selfrepair.models.loading import load
 from selfrepair.models.weights import ModelSpec
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workload import COMPONENTS, DEMO, ROOT, SHAPES, Piece, Work
+from workload import DEMO, ROOT, SHAPES, Piece, Work
 
 RESULTS = ROOT / "docs" / "performance.json"
 # Largest difference from the hook loop that counts as equal, relative to the effects' root mean square.
@@ -53,16 +53,27 @@ class Setting:
     length: int
     draws: int
     stored: int  # prompts that values come from
+    heads: bool = False  # every attention head is ablated by itself, instead of whole contributions
 
 
 def settings(models: Sequence[str], quick: bool) -> list[Setting]:
-    """What is compared."""
+    """What is compared, whole contributions first."""
     found = []
     for model in models:
         length = 64 if model == "demo" else 256
         for dtype in ("float32",) if quick else ("float32", "bfloat16"):
             found.append(Setting(model, dtype, "last", 8 if quick else 32, length, 25, 28))
             found.append(Setting(model, dtype, "all", 2, length, 4, 6))
+    return found + head_settings(models, quick)
+
+
+def head_settings(models: Sequence[str], quick: bool) -> list[Setting]:
+    """The comparisons of attention heads, which are many: fewer layers and prompts, float32."""
+    found = []
+    for model in models:
+        length = 64 if model == "demo" else 256
+        found.append(Setting(model, "float32", "last", 2 if quick else 16, length, 25, 28, True))
+        found.append(Setting(model, "float32", "all", 2, length, 4, 6, True))
     return found
 
 
@@ -89,7 +100,12 @@ class Comparison:
         count = setting.prompts + setting.stored
         ids = prompts_of(setting.model, count, setting.length)
         self.work = Work(
-            loaded, ids[: setting.prompts], ids[setting.prompts :], setting.positions, setting.draws
+            loaded,
+            ids[: setting.prompts],
+            ids[setting.prompts :],
+            setting.positions,
+            setting.draws,
+            setting.heads,
         )
 
         self.work.target = target
@@ -122,21 +138,23 @@ class Comparison:
     def sample(self, number: int, at_once: int) -> Piece:
         """The ablations that a tool which takes them one by one runs in round `number`."""
         layer = (5 * number + 1) % self.n_layers
-        component = COMPONENTS[number % 2]
+        components = self.work.components
+        component = components[(7 * number) % len(components)]
         draws = min(self.setting.draws, at_once)
         return Piece(layer, (component,), range(at_once // draws), range(draws))
 
     def pieces(self, tool: contenders.Contender, number: int) -> list[Piece]:
         """What a tool runs in round `number`."""
         if isinstance(tool, contenders.Engine):
-            return [self.work.everything(layer) for layer in range(self.n_layers)]
+            layers = workload.layers_measured(self.n_layers) if self.setting.heads else range(self.n_layers)
+            return [self.work.everything(layer) for layer in layers]
         if isinstance(tool, contenders.BatchedLoop):
             return [self.sample(number, contenders.ROWS_AT_ONCE)]
         return [self.sample(number, 4)]
 
     def pieces_checked(self) -> list[Piece]:
         """The ablations on which every tool is held to the hook loop."""
-        places = [(0, "attn"), (self.n_layers // 2, "mlp")]
+        places = [(0, self.work.components[0]), (self.n_layers // 2, self.work.components[-1])]
         return [Piece(layer, (component,), range(2), range(1, 3)) for layer, component in places]
 
     def found_by(self, tool: contenders.Contender, piece: Piece) -> contenders.Effects:
@@ -144,7 +162,7 @@ class Comparison:
         if not isinstance(tool, contenders.Engine):
             return tool.run(piece)
         whole = tool.run(self.work.everything(piece.layer))
-        chosen = [COMPONENTS.index(component) for component in piece.components]
+        chosen = [self.work.components.index(component) for component in piece.components]
         here = np.ix_(chosen, list(piece.prompts), list(piece.draws))
         return contenders.Effects(whole.delta_ablate[here], whole.changes[here])
 
@@ -270,6 +288,7 @@ def show(found: dict[str, Any]) -> None:
     setting = found["setting"]
     print(
         f"\n{setting['model']}, {setting['dtype']}, positions {setting['positions']}, T={setting['length']}"
+        f"{', attention heads' * setting['heads']}"
     )
     for result in found["results"]:
         rate, ratio = result["rate"], result["ratio"]
@@ -321,6 +340,9 @@ def main() -> None:
     arguments.add_argument("--quick", action="store_true", help="about a minute; results are not kept")
     arguments.add_argument("--models", nargs="+", default=["100M", "demo"], choices=[*SHAPES, "demo"])
     arguments.add_argument("--rounds", type=int)
+    arguments.add_argument(
+        "--heads", action="store_true", help="only the attention heads; replaces them in the kept results"
+    )
     arguments.add_argument("--scratch", type=Path, help="where random models are kept between runs")
     arguments.add_argument("--output", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}")
     options = arguments.parse_args()
@@ -341,7 +363,8 @@ def main() -> None:
         print({name: f"{value / 1e9:.0f} GFLOP/s" for name, value in peaks.items()})
         found = []
         exact: dict[tuple[str, str], Exact] = {}
-        for setting in settings(options.models, options.quick):
+        chosen = head_settings if options.heads else settings
+        for setting in chosen(options.models, options.quick):
             directory = directory_of(setting.model, scratch)
             known = exact.get((setting.model, setting.positions))
             own, result = compare(
@@ -358,7 +381,11 @@ def main() -> None:
             "peak": peaks,
             "comparisons": found,
         }
-        if not options.quick:
+        if options.heads and not options.quick:
+            kept = json.loads((options.output or RESULTS).read_text(encoding="utf-8"))
+            whole = [one for one in kept["comparisons"] if not one["setting"].get("heads")]
+            report = {**kept, "comparisons": [*whole, *found], "heads": {**report, "comparisons": None}}
+        elif not options.quick:
             report["cells"] = [whole_stages(name, scratch, 3) for name in options.models]
             report["growth"] = growth.measure(scratch)
             report["seconds"] = time.perf_counter() - began

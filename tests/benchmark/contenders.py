@@ -15,9 +15,8 @@ import torch
 from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.models.loading import LoadedModel
-from selfrepair.planning.sites import Site
 from torch import Tensor
-from workload import COMPONENTS, Effects, Piece, Readout, Work
+from workload import COMPONENTS, Effects, Piece, Readout, Work, site_of
 
 ROWS_AT_ONCE = (
     8  # forwards batched by the peers: 2,048 tokens of 256; larger batches were no faster on 2 cores
@@ -53,7 +52,13 @@ class Engine:
     def clean_runs(self) -> CleanRuns:
         """Clean runs of all prompts."""
         runs = CleanRuns(
-            self.loaded, self.work.prompts, self.work.positions, self.path == "rows", self.rows, 1 << 40
+            self.loaded,
+            self.work.prompts,
+            self.work.positions,
+            self.path == "rows",
+            self.rows,
+            1 << 40,
+            self.work.heads,
         )
         for number in range(len(runs.batches)):
             runs.run(number, 0)
@@ -66,7 +71,8 @@ class Engine:
         shape = len(piece.components), len(piece.prompts), len(piece.draws)
         order = np.lexsort((found["draw"], found["prompt"], found["site"]))
         changes = np.stack([found["downstream_attn"], found["downstream_mlp"]], -1)
-        own = [COMPONENTS.index(piece.components[number]) for number in found["site"]]
+        sites = [site_of(piece.layer, component) for component in piece.components]
+        own = [COMPONENTS.index(sites[number].component) for number in found["site"]]
         # The product keeps the ablated contribution's own change apart.
         changes[np.arange(len(own)), piece.layer, own] = found["direct_effect"]
         return Effects(
@@ -76,7 +82,7 @@ class Engine:
 
     def measured(self, layer: int, components: tuple[str, ...]) -> dict[str, np.ndarray]:
         """The columns of one cell."""
-        sites = tuple(Site(layer, component) for component in components)
+        sites = tuple(site_of(layer, component) for component in components)
         settings = Settings(sites, self.work.n_draws, self.work.positions, self.path, self.rows)
         return measure(self.loaded, self.runs, self.work.ablation, settings)
 
@@ -151,7 +157,8 @@ class HookLoop:
         value = self.work.values(layer, component, pairs)
         w = self.readout.w[rows] / self.readout.sigma[rows, None]
         effects = w.new_empty(len(rows), self.work.n_layers, 2)
-        place = layer, COMPONENTS.index(component)
+        ablated = site_of(layer, component)
+        place = (layer, COMPONENTS.index(component)) if ablated.index is None else None
 
         def hook_of(key: tuple[int, int]) -> Callable[..., Any]:
             def hook(_module: Any, _args: Any, output: Any) -> Any:
@@ -169,10 +176,25 @@ class HookLoop:
         handles = [
             module.register_forward_hook(hook_of(key)) for key, module in _contributions(self.model).items()
         ]
+        if ablated.index is not None:
+            projection = self.model.model.layers[layer].self_attn.o_proj
+            handles.append(
+                projection.register_forward_pre_hook(
+                    lambda _m, args: (with_part(args[0], value, ablated.index), *args[1:])
+                )
+            )
         logits = self._call(self.work.ids[rows])
         for handle in handles:
             handle.remove()
         return effects, logits
+
+
+def with_part(x: Tensor, value: Tensor, head: int) -> Tensor:  # (row, T, heads * width), (row, P, width)
+    """The input of the output projection with the part of one head replaced at the last P positions."""
+    x = x.clone()
+    width = value.shape[-1]
+    x[:, -value.shape[1] :, head * width : (head + 1) * width] = value
+    return x
 
 
 class BatchedLoop(HookLoop):
@@ -223,11 +245,18 @@ class TransformerLens(BatchedLoop):
             return hook
 
         names = ("hook_attn_out", "hook_mlp_out")
-        fwd_hooks = [
+        ablated = site_of(layer, component)
+
+        def replaced(z: Tensor, hook: Any) -> Tensor:  # (row, T, heads, width), or the heads side by side
+            return with_part(z.flatten(2), value, ablated.index).reshape(z.shape)
+
+        fwd_hooks: list[Any] = [
             (f"blocks.{number}.{names[c]}", hook_of(number, c))
             for number in range(self.work.n_layers)
             for c in (0, 1)
         ]
+        if ablated.index is not None:
+            fwd_hooks.append((f"blocks.{layer}.attn.hook_z", replaced))
         logits = self.bridge.run_with_hooks(
             self.work.ids[rows], fwd_hooks=fwd_hooks, use_cache=False, logits_to_keep=1
         )
@@ -253,10 +282,13 @@ class NNsight(BatchedLoop):
         n_layers = self.work.n_layers
         ids = self.work.ids[rows]
         traced = self.traced
+        head = site_of(layer, component).index
         with traced.trace(input_ids=ids, use_cache=False, logits_to_keep=1):
             effects = w.new_empty(len(rows), n_layers, 2).save()
             for number in range(n_layers):
                 attention = traced.model.layers[number].self_attn
+                if number == layer and head is not None:
+                    attention.o_proj.input = with_part(attention.o_proj.input, value, head)
                 output = attention.output
                 hidden = output[0]
                 if number == layer and component == "attn":

@@ -79,14 +79,6 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Load
     return wrap(model.eval(), ModelSpec("random", None, str(dtype).removeprefix("torch.")))
 
 
-def layers_measured(count: int) -> list[int]:
-    """A few layers, symmetric about the middle: their mean cost is that of all."""
-    if count <= 6:
-        return list(range(count))
-    lower = [round(part * (count - 1)) for part in (0.0, 0.2, 0.4)]
-    return sorted({*lower, *(count - 1 - layer for layer in lower)})
-
-
 def measure(
     shape_name: str, precision: Precision, device: torch.device, rounds: int
 ) -> Iterator[dict[str, Any]]:
@@ -118,7 +110,7 @@ def measure(
         tools: list[tuple[contenders.Contender, list[Piece]]] = [
             (loop, [Piece(shape.layers // 2, ("mlp",), range(2), range(2))]),
             (batched, [Piece(shape.layers // 2, ("mlp",), range(prompts), range(draws))]),
-            (engine, [work.everything(layer) for layer in layers_measured(shape.layers)]),
+            (engine, [work.everything(layer) for layer in workload.layers_measured(shape.layers)]),
         ]
         rates: dict[str, list[float]] = {tool.name: [] for tool, _ in tools}
         for tool, pieces in tools:

@@ -37,7 +37,8 @@ def between(values: dict[str, float], scale: float = 1.0) -> str:
 
 def named(setting: dict[str, Any]) -> str:
     """One comparison in words."""
-    return f"{setting['model']}, {setting['dtype']}, positions `{setting['positions']}`"
+    heads = ", attention heads" if setting.get("heads") else ""
+    return f"{setting['model']}, {setting['dtype']}, positions `{setting['positions']}`{heads}"
 
 
 def machine(report: dict[str, Any]) -> Iterator[str]:

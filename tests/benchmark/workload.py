@@ -79,6 +79,14 @@ def write_model(directory: Path, shape: Shape) -> Path:
     return directory
 
 
+def layers_measured(count: int) -> list[int]:
+    """A few layers, symmetric about the middle: their mean cost is that of all."""
+    if count <= 6:
+        return list(range(count))
+    lower = [round(part * (count - 1)) for part in (0.0, 0.2, 0.4)]
+    return sorted({*lower, *(count - 1 - layer for layer in lower)})
+
+
 def random_ids(count: int, length: int, vocabulary: int, seed: int = 0) -> Tensor:  # (prompt, T)
     """Prompts of random tokens: time does not depend on which."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,12 +107,18 @@ def demo_ids(count: int, length: int) -> Tensor:  # (prompt, T)
     raise SystemExit(f"the demo's data has only {len(tokens)} tokens")
 
 
+def site_of(layer: int, component: str) -> Site:
+    """The site of a component: `attn`, `mlp`, or `head-N` for one attention head."""
+    kind, _, head = component.partition("-")
+    return Site(layer, "attn", int(head)) if kind == "head" else Site(layer, component)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Some of the ablations: a rectangle of components x prompts x draws at one layer."""
 
     layer: int
-    components: tuple[str, ...]
+    components: tuple[str, ...]  # see `site_of`
     prompts: range
     draws: range
 
@@ -137,18 +151,31 @@ class Work:
     """Prompts, and the values that replace their contributions."""
 
     def __init__(
-        self, loaded: LoadedModel, ids: Tensor, store_ids: Tensor, positions: str, n_draws: int
+        self,
+        loaded: LoadedModel,
+        ids: Tensor,
+        store_ids: Tensor,
+        positions: str,
+        n_draws: int,
+        heads: bool = False,  # ablate every attention head, not whole contributions
     ) -> None:
         self.positions, self.n_draws = positions, n_draws
         self.ids = ids.to(loaded.device)
         self.target: Tensor | None = None  # (prompt,) as `contenders.read_clean` finds it, or as it is given
         self.n_layers = loaded.n_layers
+        self.heads = heads
+        self.components = (
+            tuple(f"head-{site.index}" for site in loaded.head_sites(0)) if heads else COMPONENTS
+        )
         store_prompts = list(range(1000, 1000 + len(store_ids)))
-        parts = [
-            clean_run(loaded, [0], row[None].to(loaded.device), positions=positions).contributions
+        runs = [
+            clean_run(loaded, [0], row[None].to(loaded.device), positions=positions, heads=heads)
             for row in store_ids
         ]
-        self.stored = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        sites = [
+            site_of(layer, component) for layer in range(loaded.n_layers) for component in self.components
+        ]
+        self.stored = {site: torch.cat([run.ablatable(site) for run in runs]) for site in sites}
         self.ablation = Replace(Key(0, "source", "replace"), n_draws, store_prompts, self.stored)
 
     @property
@@ -158,15 +185,15 @@ class Work:
         rows = zip(self.ids.tolist(), self.target.tolist(), strict=True)
         return [Prompt(number, tuple(row), target) for number, (row, target) in enumerate(rows)]
 
-    def value(self, layer: int, component: str, prompt: int, draw: int) -> Tensor:  # (P, d_model)
-        """What replaces the contribution of `prompt` in `draw`."""
+    def value(self, layer: int, component: str, prompt: int, draw: int) -> Tensor:  # (P, d_model or width)
+        """What replaces the contribution, or the head's part of the projection's input, of `prompt` in `draw`."""
         place = self.ablation.replacement(prompt, draw) - self.ablation.store_prompts[0]
-        return self.stored[Site(layer, component)][place]
+        return self.stored[site_of(layer, component)][place]
 
     def values(self, layer: int, component: str, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        """(row, P, d_model) of (prompt, draw) pairs."""
+        """(row, P, d_model or width) of (prompt, draw) pairs."""
         return torch.stack([self.value(layer, component, *pair) for pair in pairs])
 
     def everything(self, layer: int) -> Piece:
         """All that one cell measures."""
-        return Piece(layer, COMPONENTS, range(len(self.ids)), range(self.n_draws))
+        return Piece(layer, self.components, range(len(self.ids)), range(self.n_draws))
