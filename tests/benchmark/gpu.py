@@ -1,23 +1,37 @@
-"""The engine and the hook loops on one CUDA device, at 100M, 1B and 3B parameters with random weights.
+"""Everything that needs a GPU, in one command: tests, engine against other tools, and a whole grid to its report.
 
-    PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/gpu.py --output gpu.json
-    PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/gpu.py --device cpu --shapes toy  # tiny
+    make gpu                                   # on the CUDA devices of this machine
+    make gpu GPU=--toy                         # the same commands on the CPU with a tiny model, some minutes
+    make gpu GPU="--parts shapes --shapes 1B"  # a part of it
 
-Times are taken between CUDA events. Each shape is measured in float32 proper, in float32 with TF32 products (which
-the product never uses: it shows what that exactness costs) and in bfloat16; rows per pass are what the product itself
-takes for the device's memory. The share of peak is against the fastest product of matrices measured here in the same
-precision. The last columns set the GitBook's grid (490,000 ablations, T=256) against what the arithmetic allows.
+1. `tests`: pytest -m gpu.
+2. `shapes`: Llamas of 100M, 1B, 3B and 8B parameters with random weights made on the device, each in a process of its
+   own, in float32, in float32 with TF32 products (which the product never uses: it shows what that exactness costs) and
+   in bfloat16. The hook loop, TransformerLens and nnsight (where .venv-peers/ has them: `make bench`) run the same
+   ablations, and each tool's effects are first compared with those of the hook loop. The share of the peak is against
+   the fastest product of matrices measured in the same run and precision. Rows per pass are what the product takes for
+   the device's memory.
+3. `grid`: the GitBook's study at its size (3B: 28 layers, five data sets, last and all positions) with stand-in texts,
+   by Snakemake from tokens to report.
+
+Writes gpu.json, gpu.md and the reports into gpu-benchmark/.
 """
 
 import argparse
+import copy
 import datetime
+import importlib.util
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import contenders
+import gpu_grid
 import meter
 import numpy as np
 import operations
@@ -25,13 +39,14 @@ import torch
 import workload
 from selfrepair.effects import selftest
 from selfrepair.jobs.session import Session
+from selfrepair.models import memory
 from selfrepair.models.device import pick_device
-from selfrepair.models.loading import LoadedModel, wrap
-from selfrepair.models.weights import ModelSpec
+from selfrepair.models.loading import LoadedModel
 from selfrepair.prompts.prompt import Prompt
-from transformers import AutoConfig, AutoModelForCausalLM
-from workload import COMPONENTS, SHAPES, Piece, Shape, Work
+from transformers import AutoTokenizer
+from workload import COMPONENTS, DEMO, ROOT, SHAPES, Piece, Work
 
+PARTS = ("tests", "shapes", "grid")
 GRID = 490_000  # ablations: 5 data sets x 50 prompts x 28 layers x 2 components x (5 x 5 + 10) draws
 LENGTH = 256
 PROMPTS, DRAWS = {"last": 64, "all": 8}, {"last": 32, "all": 8}
@@ -55,37 +70,13 @@ PRECISIONS = (
 )
 
 
-@torch.no_grad()
-def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """Random weights made on the device: nothing is written or copied."""
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=shape.d_model,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.inner,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            # In place, in the weights' own precision: a float32 copy of the largest would be gigabytes.
-            parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5, generator=generator)
-    return wrap(model.eval(), ModelSpec("random", None, str(dtype).removeprefix("torch.")))
-
-
 def measure(
     shape_name: str, precision: Precision, device: torch.device, rounds: int
 ) -> Iterator[dict[str, Any]]:
     """Both kinds of positions of one model in one precision."""
     torch.backends.cuda.matmul.allow_tf32 = precision.tf32
     shape = SHAPES[shape_name]
-    loaded = random_model(shape, precision.dtype, device)
+    loaded = workload.random_model(shape, precision.dtype, device)
     peak = meter.matrix_peak(device, precision.dtype)
     for positions in ("last", "all"):
         toy = shape_name == "toy"
@@ -102,42 +93,33 @@ def measure(
         loop = contenders.HookLoop(loaded.model, work, readout)
         batched = contenders.BatchedLoop(loaded.model, work, readout)
         batched.rows_at_once = max(1, min(rows // length, prompts * draws))
-        difference = _difference(engine, loop, work)
+        whole = engine.run(work.everything(work.n_layers // 2)).delta_ablate[:, :2, :2]
+        difference = _difference(contenders.Effects(whole, whole), loop)
         if not difference <= _EQUAL[precision.name]:
             raise SystemExit(
                 f"{shape_name}, {precision.name}: the engine differs from the hook loop by {difference:.2g}"
             )
+        several = [Piece(shape.layers // 2, ("mlp",), range(prompts), range(draws))]
         tools: list[tuple[contenders.Contender, list[Piece]]] = [
             (loop, [Piece(shape.layers // 2, ("mlp",), range(2), range(2))]),
-            (batched, [Piece(shape.layers // 2, ("mlp",), range(prompts), range(draws))]),
+            (batched, several),
             (engine, [work.everything(layer) for layer in workload.layers_measured(shape.layers)]),
         ]
-        rates: dict[str, list[float]] = {tool.name: [] for tool, _ in tools}
-        for tool, pieces in tools:
-            tool.run(pieces[0])
-        for _ in range(rounds):
-            for tool, pieces in tools:
-                seconds = meter.clock(device, lambda tool=tool, pieces=pieces: [tool.run(p) for p in pieces])
-                rates[tool.name].append(sum(map(len, pieces)) / seconds)
-        results = []
-        for tool, pieces in tools:
-            counted = operations.count(lambda tool=tool, pieces=pieces: [tool.run(p) for p in pieces])
-            each = counted / sum(map(len, pieces))
-            ratio = [a / b for a, b in zip(rates[tool.name], rates[loop.name], strict=True)]
-            results.append(
-                {
-                    "name": tool.name,
-                    "rate": meter.spread(rates[tool.name]),
-                    "ratio": meter.spread(ratio),
-                    "operations": each,
-                    "share_of_peak": meter.spread([rate * each / peak for rate in rates[tool.name]]),
-                    "memory": meter.working_memory(
-                        device, lambda tool=tool, pieces=pieces: tool.run(pieces[0])
-                    ),
-                    "grid_seconds": GRID / meter.spread(rates[tool.name])["median"],
-                    "grid_seconds_at_peak": GRID * each / peak,
-                }
-            )
+        results = _measured(tools, device, rounds, peak)
+        for make in (_transformer_lens, _nnsight) if _peers_installed() else ():
+            try:
+                peer = make(loaded, work, readout)
+                peer.rows_at_once = batched.rows_at_once
+                found = peer.run(Piece(work.n_layers // 2, COMPONENTS, range(2), range(2)))
+                apart = _difference(found, loop)
+                if not apart <= _EQUAL[precision.name]:
+                    raise SystemExit(f"{peer.name} differs from the hook loop by {apart:.2g}")
+                # Counted where the counter sees it: nnsight runs the forward pass of the batched loop elsewhere.
+                results += _measured([tools[0], (peer, several)], device, rounds, peak, counted=batched)[1:]
+                del peer, found
+            except torch.OutOfMemoryError:
+                results.append({"name": make.__name__.strip("_"), "failed": "out of memory"})
+            memory.release()
         yield {
             "shape": shape_name,
             "parameters": shape.parameters,
@@ -153,13 +135,162 @@ def measure(
         }
 
 
-def _difference(engine: contenders.Engine, loop: contenders.HookLoop, work: Work) -> float:
-    """Largest disagreement on a few ablations, relative to the effects' root mean square."""
-    layer = work.n_layers // 2
-    piece = Piece(layer, COMPONENTS, range(2), range(2))
+def _measured(
+    tools: list[tuple[contenders.Contender, list[Piece]]],
+    device: torch.device,
+    rounds: int,
+    peak: float,
+    counted: contenders.Contender
+    | None = None,  # runs in place of the last tool where operations are counted
+) -> list[dict[str, Any]]:
+    """Rates, ratios to the first tool, operations and memory of tools that take turns."""
+    rates: dict[str, list[float]] = {tool.name: [] for tool, _ in tools}
+    for tool, pieces in tools:
+        tool.run(pieces[0])
+    for _ in range(rounds):
+        for tool, pieces in tools:
+            seconds = meter.clock(device, lambda tool=tool, pieces=pieces: [tool.run(p) for p in pieces])
+            rates[tool.name].append(sum(map(len, pieces)) / seconds)
+    first = rates[tools[0][0].name]
+    results = []
+    for number, (tool, pieces) in enumerate(tools):
+        counting = counted if counted is not None and number == len(tools) - 1 else tool
+        each = operations.count(lambda tool=counting, pieces=pieces: [tool.run(p) for p in pieces]) / sum(
+            map(len, pieces)
+        )
+        own = rates[tool.name]
+        results.append(
+            {
+                "name": tool.name,
+                "rate": meter.spread(own),
+                "ratio": meter.spread([a / b for a, b in zip(own, first, strict=True)]),
+                "operations": each,
+                "share_of_peak": meter.spread([rate * each / peak for rate in own]),
+                "memory": meter.working_memory(device, lambda tool=tool, pieces=pieces: tool.run(pieces[0])),
+                "grid_seconds": GRID / meter.spread(own)["median"],
+                "grid_seconds_at_peak": GRID * each / peak,
+            }
+        )
+    return results
+
+
+def _difference(effects: contenders.Effects, loop: contenders.HookLoop) -> float:
+    """Largest disagreement on a few ablations of the middle layer, relative to the effects' root mean square."""
+    piece = Piece(loop.work.n_layers // 2, COMPONENTS, range(2), range(2))
     expected = loop.run(piece).delta_ablate
-    actual = engine.run(work.everything(layer)).delta_ablate[:, :2, :2]
-    return float(np.abs(actual - expected).max() / np.sqrt((expected**2).mean()))
+    return float(np.abs(effects.delta_ablate - expected).max() / np.sqrt((expected**2).mean()))
+
+
+def _peers_installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("transformer_lens", "nnsight"))
+
+
+def _transformer_lens(loaded: LoadedModel, work: Work, readout: contenders.Readout) -> contenders.BatchedLoop:
+    """TransformerLens on a copy of the weights, because it changes the model's modules."""
+    model = copy.deepcopy(loaded.model)
+    model.set_attn_implementation("eager")  # the only one that it runs
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")  # asked for, never used
+    with tempfile.TemporaryDirectory() as directory:
+        model.config.save_pretrained(directory)
+        return contenders.TransformerLens(Path(directory), model, work, readout, tokenizer)
+
+
+def _nnsight(loaded: LoadedModel, work: Work, readout: contenders.Readout) -> contenders.BatchedLoop:
+    return contenders.NNsight(copy.deepcopy(loaded.model), work, readout)
+
+
+def table(report: dict[str, Any]) -> Iterator[str]:
+    """The report as a page of tables."""
+    facts = ", ".join(
+        f"{name} {value}" for name, value in {**report["machine"], **report["versions"]}.items()
+    )
+    yield f"# GPU benchmark\n\n{report['date']}. {facts}\n"
+    if "tests" in report:
+        yield f"\n## Tests\n\n`pytest -m gpu`: {report['tests']}\n"
+    if report.get("shapes"):
+        yield "\n## Engine beside other tools\n\nMedians; ablations of whole contributions.\n\n"
+        yield "| model | precision | positions | tool | ablations per second | times the hook loop | share of peak | "
+        yield "memory, GiB | the GitBook's grid, s | at the peak, s |\n" + "|---" * 10 + "|\n"
+    for found in report.get("shapes", ()):
+        start = f"| {found['shape']} | {found['precision']} "
+        if "failed" in found:
+            yield f"{start}| | | {found['failed']} | | | | | |\n"
+            continue
+        for result in found["results"]:
+            yield f"{start}| {found['positions']} | {result['name']} "
+            if "failed" in result:
+                yield f"| {result['failed']} | | | | | |\n"
+                continue
+            yield f"| {result['rate']['median']:,.1f} | {result['ratio']['median']:,.1f} "
+            yield f"| {100 * result['share_of_peak']['median']:.0f} % | {(result['memory'] or 0) / 2**30:.2f} "
+            yield f"| {result['grid_seconds']:,.1f} | {result['grid_seconds_at_peak']:,.1f} |\n"
+    if "grid" in report:
+        yield "\n## A whole grid, from tokens to report\n\n"
+        yield "| model | precision | cells | rows | wall clock, s | in the engine, s | planning again, s | reports |\n"
+        yield "|---" * 8 + "|\n"
+        grid = report["grid"]
+        yield f"| {grid['shape']} | {grid['dtype']} | {grid['cells']:,} | {grid['rows']:,} | {grid['seconds']:,.1f} "
+        yield f"| {grid['engine']:,.1f} | {grid['again']:,.1f} | {', '.join(grid['reports'])} |\n"
+
+
+def run_tests() -> str:
+    """Run the tests that need a GPU and return pytest's last line. Raises SystemExit if one fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "tests/model/test_gpu.py",
+    ]
+    done = subprocess.run(
+        [*command, "-o", "addopts=--strict-markers"], cwd=ROOT, capture_output=True, text=True
+    )
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise SystemExit(done.stderr or "a GPU test failed")
+    return done.stdout.strip().splitlines()[-1].strip("= ")
+
+
+def run_shape(name: str, options: argparse.Namespace, python: str) -> list[dict[str, Any]]:
+    """Measure one shape in a process of its own, whose memory is free afterwards."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "found.json"
+        command = [
+            python,
+            __file__,
+            "--one",
+            name,
+            "--device",
+            options.device,
+            "--rounds",
+            str(options.rounds),
+        ]
+        done = subprocess.run([*command, "--output", str(output)], cwd=ROOT)
+        if done.returncode:
+            return [{"shape": name, "precision": "", "failed": f"exit status {done.returncode}"}]
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def measure_shape(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """All precisions of one shape."""
+    found: list[dict[str, Any]] = []
+    for precision in PRECISIONS:
+        if precision.tf32 and device.type != "cuda":
+            continue
+        try:
+            for result in measure(name, precision, device, rounds):
+                found.append(result)
+                show(result)
+        except torch.OutOfMemoryError as reason:
+            first = str(reason).splitlines()[0]
+            print(f"{name}, {precision.name}: {first}", flush=True)
+            found.append({"shape": name, "precision": precision.name, "failed": first})
+        memory.release()
+    return found
 
 
 def show(found: dict[str, Any]) -> None:
@@ -169,6 +300,9 @@ def show(found: dict[str, Any]) -> None:
         f"T={found['tokens']}, {found['rows']} rows, peak {found['peak'] / 1e12:.2f} TFLOP/s"
     )
     for result in found["results"]:
+        if "failed" in result:
+            print(f"  {result['name']:20} {result['failed']}", flush=True)
+            continue
         rate, ratio, share = result["rate"], result["ratio"], result["share_of_peak"]
         print(
             f"  {result['name']:20} {rate['median']:10.1f}/s ({rate['low']:.1f}-{rate['high']:.1f})"
@@ -179,38 +313,50 @@ def show(found: dict[str, Any]) -> None:
         )
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; `--toy` stands for the CPU, the toy shape and one round."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="the same on the CPU with a tiny model")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", nargs="+", default=["100M", "1B", "3B", "8B"], choices=list(SHAPES))
+    parser.add_argument("--grid-shape", default="3B", choices=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "gpu-benchmark", help="a directory")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # one shape, in this process
+    options = parser.parse_args(arguments)
+    if options.toy:
+        options.device, options.shapes, options.grid_shape, options.rounds = "cpu", ["toy"], "toy", 1
+    return options
+
+
 def main() -> None:
-    """Measure every shape that fits."""
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--device", default="cuda")
-    arguments.add_argument("--shapes", nargs="+", default=["100M", "1B", "3B"], choices=list(SHAPES))
-    arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--output", type=Path)
-    options = arguments.parse_args()
+    """Run all parts and write the tables."""
+    options = parse(sys.argv[1:])
     contenders.quiet()
     torch.set_grad_enabled(False)
     device = pick_device(options.device)
-    found = []
-    for shape in options.shapes:
-        for precision in PRECISIONS:
-            if precision.tf32 and device.type != "cuda":
-                continue
-            try:
-                for result in measure(shape, precision, device, options.rounds):
-                    found.append(result)
-                    show(result)
-            except torch.OutOfMemoryError as reason:
-                print(f"{shape}, {precision.name}: {str(reason).splitlines()[0]}")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    if options.output is not None:
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": meter.machine(device),
-            "versions": meter.versions(),
-            "measurements": found,
-        }
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.one:
+        found = measure_shape(options.one, device, options.rounds)
+        options.output.write_text(json.dumps(found), encoding="utf-8")
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    peers = ROOT / ".venv-peers" / "bin" / "python"
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": meter.machine(device),
+        "versions": meter.versions(),
+    }
+    if "tests" in options.parts:
+        report["tests"] = run_tests()
+    if "shapes" in options.parts:
+        python = str(peers) if peers.exists() else sys.executable
+        report["shapes"] = [found for name in options.shapes for found in run_shape(name, options, python)]
+    if "grid" in options.parts:
+        report["grid"] = gpu_grid.measure(options.grid_shape, device, options.output)
+    (options.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.output / "gpu.md").write_text("".join(table(report)), encoding="utf-8")
+    print("".join(table(report)))
 
 
 if __name__ == "__main__":

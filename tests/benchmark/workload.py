@@ -15,10 +15,12 @@ import torch
 from selfrepair.effects.ablations import Replace
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.draws import Key
-from selfrepair.models.loading import LoadedModel
+from selfrepair.models.loading import LoadedModel, wrap
+from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.sites import Site
 from selfrepair.prompts.prompt import Prompt
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPONENTS = ("attn", "mlp")
@@ -54,6 +56,7 @@ SHAPES = {
     "100M": Shape(12, 768, 12, 4, 2048, 32000),
     "1B": Shape(16, 2048, 32, 8, 8192, 128256),  # Llama 3.2 1B
     "3B": Shape(28, 3072, 24, 8, 8192, 128256),  # Llama 3.2 3B
+    "8B": Shape(32, 4096, 32, 8, 14336, 128256),  # Llama 3.1 8B, with tied embeddings
 }
 
 
@@ -77,6 +80,30 @@ def write_model(directory: Path, shape: Shape) -> Path:
         model.get_input_embeddings().weight.mul_(1.5 * shape.d_model**-0.5)
     model.save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Random weights made on the device: nothing is written or copied."""
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=shape.d_model,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.inner,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            # In place, in the weights' own precision: a float32 copy of the largest would be gigabytes.
+            parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5, generator=generator)
+    return wrap(model.eval(), ModelSpec("random", None, str(dtype).removeprefix("torch.")))
 
 
 def layers_measured(count: int) -> list[int]:
