@@ -15,6 +15,7 @@ ROWS ?= 20
 STAMP := .venv/.installed
 PEERS := .venv-peers/.installed
 BENCH ?=
+GPU ?=
 FORMATTED := Snakefile workflow/rules
 
 run: $(STAMP)
@@ -52,6 +53,12 @@ verify: $(STAMP)
 bench: $(STAMP) $(PEERS)
 	PYTHONPATH=scripts:tests/support .venv-peers/bin/python tests/benchmark/compare.py $(BENCH)
 	PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/picture.py
+
+# With a GPU: its tests, the engine beside other tools at 100M to 8B parameters, and a whole grid. `make gpu GPU=--toy`
+# runs the same on the CPU with a tiny model. Other tools take part if `make bench` has installed them.
+.PHONY: gpu
+gpu: $(STAMP)
+	PYTHONPATH=scripts:tests/support .venv/bin/python tests/benchmark/gpu.py $(GPU)
 
 # Remove the cells and other files that earlier configurations left in the directories of the current experiments.
 clean-results: $(STAMP)

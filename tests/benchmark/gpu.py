@@ -255,8 +255,10 @@ def run_tests() -> str:
     return done.stdout.strip().splitlines()[-1].strip("= ")
 
 
-def run_shape(name: str, options: argparse.Namespace, python: str) -> list[dict[str, Any]]:
-    """Measure one shape in a process of its own, whose memory is free afterwards."""
+def run_shape(name: str, options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Measure one shape in a process of its own, whose memory is free afterwards, and add it to the report."""
+    peers = ROOT / ".venv-peers" / "bin" / "python"
+    python = str(peers) if peers.exists() else sys.executable
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "found.json"
         command = [
@@ -271,8 +273,12 @@ def run_shape(name: str, options: argparse.Namespace, python: str) -> list[dict[
         ]
         done = subprocess.run([*command, "--output", str(output)], cwd=ROOT)
         if done.returncode:
-            return [{"shape": name, "precision": "", "failed": f"exit status {done.returncode}"}]
-        return json.loads(output.read_text(encoding="utf-8"))
+            failed = f"exit status {done.returncode}"
+            report["shapes"].append({"shape": name, "precision": "", "failed": failed})
+            return
+        own = json.loads(output.read_text(encoding="utf-8"))
+    report["versions"] = own["versions"]
+    report["shapes"] += own["found"]
 
 
 def measure_shape(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
@@ -338,10 +344,10 @@ def main() -> None:
     device = pick_device(options.device)
     if options.one:
         found = measure_shape(options.one, device, options.rounds)
-        options.output.write_text(json.dumps(found), encoding="utf-8")
+        own = {"versions": meter.versions(), "found": found}
+        options.output.write_text(json.dumps(own), encoding="utf-8")
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    peers = ROOT / ".venv-peers" / "bin" / "python"
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": meter.machine(device),
@@ -350,8 +356,9 @@ def main() -> None:
     if "tests" in options.parts:
         report["tests"] = run_tests()
     if "shapes" in options.parts:
-        python = str(peers) if peers.exists() else sys.executable
-        report["shapes"] = [found for name in options.shapes for found in run_shape(name, options, python)]
+        report["shapes"] = []
+        for name in options.shapes:
+            run_shape(name, options, report)
     if "grid" in options.parts:
         report["grid"] = gpu_grid.measure(options.grid_shape, device, options.output)
     (options.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
