@@ -357,7 +357,7 @@ def test_heads_have_a_section_of_their_own(tmp_path: Path) -> None:
         sure = own.filter((pl.col("aligned_low") > 0) & (pl.col("adjusted_p") <= 0.05))
         assert [row["aligned_change"] for row in rows] == sorted(sure["aligned_change"], reverse=True)
     assert later[1, 1][0]["downstream_head"] == 0  # as planted
-    assert "is repaired by head 0 of layer 2 by" in " ".join(pairs)
+    assert "head 0 of layer 2 pushes the logit back by" in " ".join(pairs)
     assert len(head_pairs.table(heads).rows) > 0
     assert {row[3].text for row in report_tables.verdicts(heads).rows} == {"head 0", "head 1"}
     data = next(json.loads(body) for attrs, body in shown.scripts if attrs.get("id") == "explorer-data")

@@ -72,23 +72,22 @@ def _counted(heads: Results, source: str, rows: Sequence[Row], best: Sequence[Ro
 
 
 def _sentence(heads: Results, row: Row, later: Sequence[Row]) -> str:
-    name = at(heads, row)
     direct = "loss" if row["loss"] > 0 else "gain"
     start = (
-        f"{name[0].upper()}{name[1:]} (direct {direct} {number(abs(row['loss']))} logits, restoration "
-        f"{estimate(row, 'restoration')}, n = {row['prompts']} prompts)"
+        f"After ablating {at(heads, row)} (direct {direct} {number(abs(row['loss']))} logits, restoration "
+        f"{estimate(row, 'restoration')}, n = {row['prompts']} prompts), "
     )
     whole = heads.strongest(row)
     apart = f"; of the later attentions and MLPs, {site(whole, 'downstream_')} repairs most" if whole else ""
     if not later:
-        return f"{start} has no later head whose repair is above 0 after correction{apart}."
+        return f"{start}no later head's repair is above 0 after correction{apart}."
     parts = [
-        f"{site(best, 'downstream_')} by {number(best['aligned_change'])} [{number(best['aligned_low'])}, "
-        f"{number(best['aligned_high'])}] logits ({_kinds(best)})"
-        for best in later[:NAMED]
+        f"{site(best, 'downstream_')}{'' if rank else ' pushes the logit back'} by {number(best['aligned_change'])} "
+        f"[{number(best['aligned_low'])}, {number(best['aligned_high'])}] logits ({_kinds(best)})"
+        for rank, best in enumerate(later[:NAMED])
     ]
-    more = [f"{plural(len(later) - NAMED, 'other head')}"] if len(later) > NAMED else []
-    return f"{start} is repaired by {listing([*parts, *more])}{apart}."
+    more = [f"{plural(len(later) - NAMED, 'other head')} by less"] if len(later) > NAMED else []
+    return f"{start}{listing([*parts, *more])}{apart}."
 
 
 def _kinds(row: Row) -> str:

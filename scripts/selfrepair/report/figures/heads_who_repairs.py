@@ -12,7 +12,8 @@ from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import SITE, Frames
 
 PAIRS = 40  # per source and ablation: rows and columns stay readable, however many heads the model has
-STEP = 15  # pixels of a cell
+STEPS = 15, 36  # pixels of a cell: with many heads and with few
+SIDE = 300  # pixels of the picture, within these limits
 KEYS = [*SITE, "downstream_layer", "downstream_head"]
 
 
@@ -91,8 +92,8 @@ def build(frames: Frames) -> dict[str, Any]:
     def axis(angle: int) -> alt.Axis:
         return alt.Axis(labelAngle=angle, labelOverlap=False, ticks=False, labelFontSize=9)
 
-    x = alt.X("later:N", title="later head (layer.head)", sort=alt.SortField("column"), axis=axis(-90))
-    y = alt.Y("ablated:N", title="ablated head (layer.head)", sort=alt.SortField("row"), axis=axis(0))
+    x = alt.X("later:N", title="later head", sort=alt.SortField("column"), axis=axis(-90))
+    y = alt.Y("ablated:N", title="ablated head", sort=alt.SortField("row"), axis=axis(0))
     tooltip = [
         alt.Tooltip("ablated:N", title="ablated head"),
         alt.Tooltip("later:N", title="later head"),
@@ -128,11 +129,14 @@ def build(frames: Frames) -> dict[str, Any]:
         .mark_point(filled=True, size=18, color=theme.PAPER_INK, opacity=0.9)
         .encode(x=x, y=y, tooltip=tooltip)
     )
-    drawing = alt.layer(cells, dots).properties(width=alt.Step(STEP), height=alt.Step(STEP))
+    widest = max((group["later"].n_unique() for _, group in drawn.group_by("source", "ablation")), default=1)
+    step = alt.Step(min(STEPS[1], max(STEPS[0], SIDE // widest)))
+    drawing = alt.layer(cells, dots).properties(width=step, height=step)
     some = table.filter("selected").height
     return {
         "caption": (
             "Mean change of a later head's direct effect after ablating a head, times the sign of a row's direct loss. "
+            "Head 6.1 is head 1 of layer 6. "
             "Dots: the 95 % interval excludes 0 after the correction (Benjamini and Hochberg) over all later heads of "
             f"the ablated head. Drawn are the heads of the pairs with a dot, at most {PAIRS} per source and ablation; "
             f"where there is none, those of the {PAIRS} largest changes. Empty cells: the head lies upstream or in the "
