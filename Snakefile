@@ -7,8 +7,9 @@
 #     std.safetensors                                   moments of the activations over all data sets
 #     effects/source={source}/ablation={ablation}/layer={layer}.parquet     one cell
 #     downstream_heads/source={source}/ablation={ablation}/layer={layer}.parquet     beside a cell, if heads are ablated
+#     {averages,selections}/source={source}/ablation={ablation}/layer={layer}.parquet  beside a cell, with `read: every`
 #     manifest.parquet                                  the cells of the current configuration, with their digests
-#     numerics.parquet  summary/{layers,verdicts,downstream,ablations,audit}.parquet
+#     numerics.parquet  summary/{layers,verdicts,downstream,ablations,audit,selections}.parquet
 #     figures/{figure}.{html,svg,png,parquet}
 #     report.html
 #     logs/{rule}/...

@@ -6,7 +6,9 @@ from selfrepair.jobs.submit import submit
 submit(
     Job(
         stage="summary",
-        input={name: list(snakemake.input[name]) for name in ("cells", "clean", "downstream_heads")},
+        input={
+            name: list(snakemake.input[name]) for name in ("cells", "clean", "downstream_heads", "selections")
+        },
         output=dict(snakemake.output.items()),
         params=snakemake.params.spec,
         runtime={},

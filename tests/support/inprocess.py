@@ -44,9 +44,10 @@ def _measure(plan: Plan, session: Session, experiment: Experiment, model: str) -
             files = grid.cell_files(*cell, kinds=grid.extra_files(experiment))
             _run(effects, session, plan.cell_inputs(one), files, plan.effects(one))
     inputs = {
-        "cells": plan.cells_of(every),
+        "cells": plan.analysed_of(every),
         "clean": plan.clean_of(every),
         "downstream_heads": plan.downstream_heads_of(every),
+        "selections": plan.selections_of(every),
     }
     outputs = {"numerics": grid.numerics_path(*names.values()), **grid.summary_paths(*names.values())}
     _run(summary, session, inputs, outputs, plan.summary(every))

@@ -201,3 +201,23 @@ def test_too_little_disk_is_a_warning(
     assert estimate.main(["--no-times"]) == 3
     assert "WARNING: the results need about" in capsys.readouterr().out
     assert estimate.main(["--configfile", "nowhere.yaml"]) == 1
+
+
+def test_reading_every_position_costs_a_row_each_of_which_a_share_is_stored(root: Path) -> None:
+    raw = projects.raw()
+    raw["experiments"]["grid"] |= {"samples": 5, "store": 3, "length": 10, "positions": "all", "layers": [0]}
+    raw["experiments"]["grid"] |= {"components": ["attn", "heads"], "ablations": ["zero"], "draws": 2}
+    found = {}
+    for name, keys in {
+        "last": {},
+        "every": {"read": "every"},
+        "top": {"read": "every", "target": "next", "keep": {"top": 0.1}},
+    }.items():
+        config = projects.load(root, {**raw, "experiments": {"grid": raw["experiments"]["grid"] | keys}})
+        lengths = {"facts": 10.0, "python": 10.0}
+        found[name] = costs.costs(config.experiments["grid"], config.models["demo"], lengths)
+    runs = 2 * 5 * 2 * (1 + 4)  # data sets, prompts, zero and self, attention and 4 heads
+    assert [found[name].rows for name in found] == [runs, runs * 10, pytest.approx(runs * 9 * 0.1, abs=4)]
+    assert found["every"].operations["effects"] == found["last"].operations["effects"]
+    assert found["top"].disk["averages, selections"] == found["every"].disk["averages, selections"]
+    assert found["top"].disk["effects"] < found["every"].disk["effects"] / 3

@@ -8,7 +8,7 @@ for number, (names, experiments) in enumerate(PLAN.figure_sets().items()):
             **grid.summary_paths("{experiment}", "{model}"),
             clean=PLAN.clean_of,
             tokens=PLAN.tokens_of,
-            cells=PLAN.cells_of,
+            cells=PLAN.analysed_of,
         output:
             figures=[captioned(path) for path in PLAN.figure_files(names, "{experiment}", "{model}")],
         log:

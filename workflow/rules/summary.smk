@@ -16,8 +16,9 @@ rule manifest:
 
 rule summary:
     input:
-        cells=PLAN.cells_of,
+        cells=PLAN.analysed_of,
         downstream_heads=PLAN.downstream_heads_of,
+        selections=PLAN.selections_of,
         clean=PLAN.clean_of,
     output:
         **grid.summary_paths("{experiment}", "{model}"),

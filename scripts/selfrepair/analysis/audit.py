@@ -98,10 +98,12 @@ def audit_row(cell: Cell, row: Contribution, *, parallel: bool, selftest_error: 
     """
     index = cell.ablated.index((row.keys["component"], row.keys["head"]))
     error = abs(row.drop - row.loss + row.repair + row.norm)
+    if "ledger_error" in cell.values:  # the largest of the positions that a row is the mean of
+        error = cell.values["ledger_error"][index].astype(np.float64)
     worst = np.unravel_index(error.argmax(), error.shape)
     direct = row.unembed.mean()
     return row.keys | {
-        "rows": row.drop.size,
+        "rows": row.drop.size * cell.positions,
         "effect_rms": float(np.sqrt(np.square(row.drop).mean())),
         "effect_max": float(abs(row.drop).max()),
         "selftest_error": np.nan if selftest_error is None else selftest_error,

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from selfrepair.effects import columns
+from selfrepair.effects.position_columns import AVERAGES, EXTRA
 from selfrepair.errors import DamagedFileError, InputError
 from selfrepair.planning.sites import ATTN, COMPONENTS, Site, is_downstream
 from selfrepair.storage import schemas, tables
@@ -27,7 +28,10 @@ _HEADS = 1 << 20  # more than any layer has
 
 @dataclass(frozen=True)
 class Cell:
-    """One effects file: every prompt and draw of one ablation of one layer, as arrays in a fixed order."""
+    """Every prompt and draw of one ablation of one layer, as arrays in a fixed order.
+
+    With `read: every` a row is the mean over the positions of a prompt, from the file of averages beside the effects.
+    """
 
     path: str
     experiment: str
@@ -44,6 +48,7 @@ class Cell:
     )  # (ablated, prompt, draw) ids of replacement prompts; None: none is drawn
     downstream: Floats  # (ablated, prompt, draw, 2 = attention and MLP, layer)
     correct: NDArray[np.bool_] | None  # (prompt,)
+    positions: int = 1  # that every row is a mean over: more than one with `read: every`
 
     def row_name(self, ablated: int, prompt: int, draw: int) -> str:
         """Return a readable name of one row, given by its positions in the arrays."""
@@ -55,12 +60,13 @@ class Cell:
 
 
 def read_cell(path: str | os.PathLike[str]) -> Cell:
-    """Read one effects file and run every check that needs no other file.
+    """Read one effects file, or file of averages, and run every check that needs no other file.
 
     Raises DamagedFileError if the contents are not what was written or are not a whole cell, and InputError if the file
     is missing or an effect is NaN or infinite (the message names the row).
     """
-    table = verified(path, columns.EFFECTS)
+    averaged = _is_averages(path)
+    table = verified(path, AVERAGES if averaged else columns.EFFECTS)
     if not len(table):
         raise _damaged(path, "it has no rows")
     for name in ("component", "prompt", "draw"):
@@ -72,10 +78,11 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
     head = pc.fill_null(table["head"], -1).to_numpy().astype(np.int64)
     prompt, draw = table["prompt"].to_numpy(), table["draw"].to_numpy()
 
-    floats = {name: table[name].to_numpy() for name in FLOATS}
+    extra = tuple(EXTRA) if averaged else ()
+    floats = {name: table[name].to_numpy() for name in (*FLOATS, *extra)}
     lists = {name: _matrix(path, name, table[name]) for name in ("downstream_attn", "downstream_mlp")}
     for name, values in (floats | lists).items():
-        nullable = columns.COLUMNS[name].nullable
+        nullable = name in columns.COLUMNS and columns.COLUMNS[name].nullable
         finite = (~np.isinf(values) if nullable else np.isfinite(values)).reshape(len(values), -1).all(1)
         if not finite.all():
             row = int(np.argmin(finite))
@@ -111,12 +118,23 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
         draws=draws,
         values={
             name: column[order].reshape(shape)
-            for name, column in ({name: floats[name] for name in VALUES} | _outcomes(path, table)).items()
+            for name, column in (
+                {name: floats[name] for name in (*VALUES, *extra)} | _outcomes(path, table)
+            ).items()
         },
         replacement=_replacement(path, table["replacement"], order, shape),
         downstream=np.stack([lists[name][order].reshape(*shape, -1) for name in lists], axis=-2),
         correct=_correct(path, table["correct"], order, shape),
+        positions=int(_only(path, "positions", table["positions"])) if averaged else 1,
     )
+
+
+def _is_averages(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file has the columns of averages over positions."""
+    try:
+        return set(EXTRA) <= set(tables.column_names(path))
+    except FileNotFoundError:
+        return False  # reported when it is read
 
 
 def read_clean(path: str | os.PathLike[str]) -> pa.Table:

@@ -33,6 +33,8 @@ class Contribution:
     clean: Array  # (prompt, site) their clean direct effects
     changes: Array  # (prompt, draw, site) change of their direct effects
     outcomes: dict[str, Array] = field(default_factory=dict)  # measured ones by column: (prompt, draw)
+    # With `read: every`: own_loss and own_repair as means over positions, because they are not linear in the others
+    own: dict[str, Array] = field(default_factory=dict)  # (prompt, draw) each
 
     @property
     def repair(self) -> Array:
@@ -42,20 +44,24 @@ class Contribution:
     @property
     def own_loss(self) -> Array:
         """(prompt, draw) D where each run is read with its own sigma: u(a) - s u(replacement)."""
+        if self.own:
+            return self.own["own_loss"]
         return self.unembed - self.scale * (self.unembed - self.loss)
 
     @property
     def own_repair(self) -> Array:
         """(prompt, draw) R where each run is read with its own sigma: sum of s u_ablated(c) - u(c)."""
+        if self.own:
+            return self.own["own_repair"]
         return (self.scale - 1) * self.clean.sum(1)[:, None] + self.scale * self.repair
 
     def select(self, prompts: NDArray[np.intp]) -> "Contribution":
         """Return the rows of some prompts, given by their positions."""
         rows = {name: getattr(self, name)[prompts] for name in (*_ROW_ARRAYS, "clean", "changes")}
         outcomes = {name: values[prompts] for name, values in self.outcomes.items()}
-        return Contribution(
-            self.keys, self.design.select(prompts), sites=self.sites, outcomes=outcomes, **rows
-        )
+        own = {name: values[prompts] for name, values in self.own.items()}
+        design = self.design.select(prompts)
+        return Contribution(self.keys, design, sites=self.sites, outcomes=outcomes, own=own, **rows)
 
 
 _ROW_ARRAYS = (
@@ -107,4 +113,5 @@ def contributions(
             clean=clean[:, mask],
             changes=cell.downstream[index][:, :, mask].astype(np.float64),
             outcomes={name: values[name] for name in OUTCOMES if name in values},
+            own={name: values[name] for name in ("own_loss", "own_repair") if name in values},
         )

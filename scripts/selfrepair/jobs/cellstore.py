@@ -111,7 +111,7 @@ def prune(results: Path) -> tuple[int, int]:
     store = results / ".cells"
     files = (
         path
-        for folder in ("effects", "downstream_heads")
+        for folder in ("effects", "downstream_heads", "averages", "selections")
         for path in results.glob(f"*/*/{folder}/source=*/ablation=*/layer=*.parquet")
     )
     inodes, keys = _in_use(files)

@@ -18,6 +18,8 @@ _ROW = 60  # bytes of a row of effects beside its lists, compressed
 _PAIR = 67  # bytes of an ablated site and a later head in downstream_heads/, compressed
 _PAIR_OF_SUMMARY = 61  # the same in summary/downstream.parquet
 _PASS = 4096  # tokens of a pass on a CPU
+_SELECTIONS = 2400  # bytes of an ablated site in selections/, compressed
+_SCALARS = 20  # numbers of a row beside its lists
 _PAGES = 30 << 20  # bytes of the figures and the report of an experiment and model
 
 
@@ -45,7 +47,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
     tensors = (
         4.0 if heads else 3.0
     )  # per layer and position kept: the residual stream, what is added to it, heads
-    rows = 0
+    rows = runs_ablated = 0
     clean = cells = noise = stored = kept = 0.0
     for dataset in experiment.datasets:
         length = lengths[dataset]
@@ -58,15 +60,21 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
             * size.item
             * (tensors * size.layers * size.width * per_row + size.layers * size.keys_values * length)
         )
-        if heads:  # the directions that read the heads, in readout precision
+        if heads and experiment.read == "last":  # the directions that read the heads, in readout precision
             kept += experiment.samples * 4 * size.layers * size.width
+        read = _positions_read(experiment, length)
+        if experiment.read == "every":
+            # A second pass over the source prompts; directions and the final residual stream of every position.
+            clean += experiment.samples * length * forward_operations(size, length)
+            kept += experiment.samples * read * size.width * (4 + size.item)
         for ablation in ablations:
             draws = grid.draws(experiment, ablation)
             for layer in layers:
                 for component in experiment.components:
                     above = size.layers - layer - 1 + (0.0 if component == MLP else _OWN_MLP)
                     count = experiment.samples * draws * (size.heads if component == HEADS else 1)
-                    rows += count
+                    runs_ablated += count
+                    rows += round(count * read * (experiment.keep or 1.0))
                     cells += count * per_row * above * _layer(size, length)
             if ablation == "noise":  # a run of its own per draw: once per source if kept, else once per cell
                 runs = experiment.samples * draws * length * forward_operations(size, length)
@@ -85,6 +93,14 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
     }
     working = _PASS * row_bytes(size.item, size.width, size.widest, size.heads, longest)
     working += longest * 4 * size.vocabulary * 4
+    if experiment.read == "every":
+        sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+        disk["averages, selections"] = runs_ablated * (2 * 4 * size.layers + _ROW) + n_cells * (
+            sites * _SELECTIONS + 12e3
+        )
+        # All rows of a cell are in memory until they are reduced.
+        most = experiment.samples * experiment.draws * sites * _positions_read(experiment, longest)
+        working += 2 * most * 4 * (2 * size.layers + _SCALARS)
     if heads:
         pairs = _pairs(experiment, size, layers) * len(experiment.datasets)
         disk["changes of later heads"] = pairs * len(ablations) * _PAIR + n_cells * 9e3
@@ -106,6 +122,13 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
     )
 
 
+def _positions_read(experiment: Experiment, length: float) -> float:
+    """Return the number of rows of one ablated run of a prompt of `length` tokens."""
+    if experiment.read == "last":
+        return 1.0
+    return length - 1 if experiment.target == "next" else length
+
+
 def _distributions(
     experiment: Experiment, size: Size, lengths: dict[str, float], layers: Sequence[int]
 ) -> float:
@@ -114,7 +137,7 @@ def _distributions(
     The draws of a prompt share the clean distribution.
     """
     sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
-    positions = sum(lengths[name] if experiment.read == "every" else 1.0 for name in experiment.datasets)
+    positions = sum(_positions_read(experiment, lengths[name]) for name in experiment.datasets)
     runs = sum(grid.draws(experiment, ablation) + 1 for ablation in grid.ablations(experiment))
     readings = experiment.samples * positions * runs * sites * len(layers)
     return readings * 2.0 * size.width * size.vocabulary

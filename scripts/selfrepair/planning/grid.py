@@ -16,7 +16,9 @@ from selfrepair.storage import checkpoints
 
 RESULTS = "results"
 DOWNSTREAM_HEADS = "downstream_heads"  # a file of a cell: the changes of later heads
-SUMMARY_TABLES = ("layers", "verdicts", "downstream", "ablations", "audit")
+AVERAGES, SELECTIONS = "averages", "selections"
+POSITION_FILES = (AVERAGES, SELECTIONS)  # the files of a cell with `read: every`
+SUMMARY_TABLES = ("layers", "verdicts", "downstream", "ablations", "audit", "selections")
 
 
 class Cell(NamedTuple):
@@ -71,11 +73,6 @@ def reads_heads(experiment: Experiment) -> bool:
     return HEADS in experiment.components
 
 
-def reads_later_heads(experiment: Experiment) -> bool:
-    """Return whether the changes of later heads are measured: if heads are ablated and read at the last position."""
-    return reads_heads(experiment) and experiment.read == "last"
-
-
 def files_of_cells(config: Config) -> Iterator[str]:
     """Yield the path of every file of every cell."""
     for cell in cells(config):
@@ -84,7 +81,8 @@ def files_of_cells(config: Config) -> Iterator[str]:
 
 def extra_files(experiment: Experiment) -> tuple[str, ...]:
     """Return the names of the files of a cell beside its rows."""
-    return (DOWNSTREAM_HEADS,) if reads_later_heads(experiment) else ()
+    positions = POSITION_FILES if experiment.read == "every" else ()
+    return (*positions, DOWNSTREAM_HEADS) if reads_heads(experiment) else positions
 
 
 def effects_rules(config: Config) -> dict[str, tuple[tuple[str, ...], list[str]]]:
@@ -92,7 +90,8 @@ def effects_rules(config: Config) -> dict[str, tuple[tuple[str, ...], list[str]]
     rules: dict[str, tuple[tuple[str, ...], list[str]]] = {}
     for experiment in config.experiments.values():
         kinds = extra_files(experiment)
-        rule = "effects_with_heads" if DOWNSTREAM_HEADS in kinds else "effects"
+        rule = "effects" + ("_every_position" if AVERAGES in kinds else "")
+        rule += "_with_heads" if DOWNSTREAM_HEADS in kinds else ""
         _, names = rules.setdefault(rule, (kinds, []))
         names.append(experiment.name)
     return rules

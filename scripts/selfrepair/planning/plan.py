@@ -144,12 +144,22 @@ class Plan:
         return [grid.cell_path(cell) for cell in cells]
 
     def downstream_heads_of(self, wildcards: Wildcards) -> list[str]:
-        """Return the changes of later heads of the cells of one experiment and model; none without heads."""
+        """Return the changes of later heads of the cells of one experiment and model, if they have any."""
+        return self._extra_files_of(wildcards, grid.DOWNSTREAM_HEADS)
+
+    def selections_of(self, wildcards: Wildcards) -> list[str]:
+        """Return the sums over selected rows of the cells of one experiment and model, if they have any."""
+        return self._extra_files_of(wildcards, grid.SELECTIONS)
+
+    def analysed_of(self, wildcards: Wildcards) -> list[str]:
+        """Return the files whose rows are analysed: the averages over positions if there are any, else the cells."""
+        return self._extra_files_of(wildcards, grid.AVERAGES) or self.cells_of(wildcards)
+
+    def _extra_files_of(self, wildcards: Wildcards, kind: str) -> list[str]:
         experiment = self._experiment(wildcards)
-        cells = (
-            grid.cells_of(experiment, self._model(wildcards)) if grid.reads_later_heads(experiment) else ()
-        )
-        return [grid.extra_path(grid.DOWNSTREAM_HEADS, *cell) for cell in cells]
+        if kind not in grid.extra_files(experiment):
+            return []
+        return [grid.extra_path(kind, *cell) for cell in grid.cells_of(experiment, self._model(wildcards))]
 
     def clean_of(self, wildcards: Wildcards) -> list[str]:
         """Return the clean tables of one experiment and model."""

@@ -6,13 +6,22 @@ from pathlib import Path
 from selfrepair.planning import grid
 from selfrepair.planning.plan import Plan
 
-_FOLDERS = ("tokens", "clean", "activations", "effects", "downstream_heads", "summary", "figures")
+_FOLDERS = (
+    grid.DOWNSTREAM_HEADS,
+    *grid.POSITION_FILES,
+    "tokens",
+    "clean",
+    "activations",
+    "effects",
+    "summary",
+    "figures",
+)
 
 
 def undeclared_cells(plan: Plan) -> list[Path]:
     """Return the cells below the current experiments and models that the configuration does not declare, sorted."""
     declared = {Path(grid.cell_path(cell)) for cell in grid.cells(plan.config)}
-    # The files of later heads beside them come and go with the cells, and are not counted.
+    # The files beside them come and go with the cells, and are not counted.
     cells = (
         path for base in _bases(plan) for path in (base / "effects").glob("source=*/ablation=*/*.parquet")
     )

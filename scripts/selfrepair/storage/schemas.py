@@ -29,6 +29,7 @@ CLEAN = pa.schema(
         ("prompt", pa.int32()),
         ("n_tokens", pa.int32()),
         ("target", pa.int32()),
+        ("targets", pa.list_(pa.int32())),  # with `read: every`, of every position that is read; else null
         ("target_text", pa.string()),
         ("target_probability", pa.float32()),
         ("correct", pa.bool_()),

@@ -131,6 +131,18 @@ def metadata_of(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
+def column_names(path: str | os.PathLike[str]) -> list[str]:
+    """Return the names of a Parquet file's columns without reading its rows.
+
+    Raises FileNotFoundError, and DamagedFileError if the file has no Parquet footer.
+    """
+    require_file(path)
+    try:
+        return list(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, f"cannot be read as Parquet ({error})") from error
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return this workflow's metadata of a Parquet file without reading its rows.
 

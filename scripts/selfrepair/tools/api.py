@@ -147,10 +147,7 @@ def measure(
     settings = cell.Settings((site,), n_draws, positions, measured.path, measured.rows, asked)
     columns = cell_stage.in_order(cell.measure(model.loaded, measured.runs, values, settings), measured.rank)
     cell_stage.require_finite(columns, model.name)
-    facts = {
-        row["prompt"]: cell_stage.Facts(row["target"], row["correct"], row["n_tokens"] - 1)
-        for row in measured.clean_rows()
-    }
+    correct = {row["prompt"]: row["correct"] for row in measured.clean_rows()}
     keys = {
         "experiment": experiment,
         "model": model.name,
@@ -158,7 +155,7 @@ def measure(
         "ablation": ablation,
         "layer": layer,
     }
-    return _frame(cell_stage.table_columns(keys, columns, (site,), values, facts), EFFECTS)
+    return _frame(cell_stage.table_columns(keys, columns, (site,), values, correct), EFFECTS)
 
 
 def ledger(model: Model, prompts: Sequence[AnyPrompt], **arguments: Any) -> pl.DataFrame:

@@ -23,7 +23,10 @@ from selfrepair.planning import grid
 from selfrepair.storage import contents, tables
 
 _SHOWN = ("versions", "engine", "device", "device_name", "dtype", "model_weights", "counts", "tokenizer")
-_FOLDERS = ("tokens", "clean", "activations", "effects", "downstream_heads", "figures")
+_FOLDERS = (
+    *("tokens", "clean", "activations", "effects", "figures"),
+    *(grid.DOWNSTREAM_HEADS, *grid.POSITION_FILES),
+)
 
 
 def describe(path: Path, root: Path = Path(".")) -> Iterator[str]:

@@ -34,7 +34,18 @@ from selfrepair.storage import tables, tensors
 from selfrepair.tools import rederive
 
 COLUMNS = names(EFFECT, LOGIT, PROFILE, DIAGNOSTIC)
-_KEYS = ("experiment", "model", "source", "ablation", "layer", "component", "head", "prompt", "draw")
+_KEYS = (
+    "experiment",
+    "model",
+    "source",
+    "ablation",
+    "layer",
+    "component",
+    "head",
+    "prompt",
+    "draw",
+    "position",
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ def _declared(cells: Iterable[Path]) -> Iterator[Path]:
     """Yield the cells that the manifest of their experiment and model lists, or all cells if there is no manifest."""
     listed: dict[Path, set[tuple[str, ...]] | None] = {}
     for cell in cells:
-        if cell.parts[-4:-3] == ("downstream_heads",):  # sums over the rows of a cell
+        if cell.parts[-4:-3] != ("effects",):  # sums over the rows of a cell
             continue
         base = cell.parents[3]  # .../effects/source=/ablation=/layer=
         if base not in listed:
@@ -137,6 +148,7 @@ def compare(chosen: Sequence[Chosen], loaded: LoadedModel) -> Iterator[Differenc
             values.value(row, config["seed"]),
             row["target"],
             foil=foils.get((row["source"], row["prompt"])),
+            position=row["position"],
         )
         # The size of the logits at stake, which rounding is relative to.
         size = max(1.0, *(abs(float(getattr(expected, name))) for name in names(LOGIT)))
@@ -157,8 +169,9 @@ def _tied(
     """Return whether rounding may decide which token is most likely: two logits are within `margin` of each other."""
     ids = values.experiment_prompts[row["source"]].ids[row["prompt"]]
     replaced = Site.from_row(row), values.value(row, seed)
-    runs = reference.forward(loaded, ids), reference.forward(loaded, ids, replaced)
-    tops = [run.logits.topk(2).values for run in runs]
+    at_read = row["position"]
+    runs = (reference.forward(loaded, ids, given, read=[at_read]) for given in (None, replaced))
+    tops = [run.read[at_read].topk(2).values for run in runs]
     return any(float(first - second) <= margin for first, second in tops)
 
 

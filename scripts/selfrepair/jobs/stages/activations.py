@@ -29,6 +29,9 @@ from selfrepair.storage import schemas, tables, tensors
 
 log = logging.getLogger("selfrepair")
 
+# The text of the target of a prompt with one target per position.
+_MANY = {"next": "(the next token of each position)", "argmax": "(the argmax of each position)"}
+
 # Bytes of activations held at once: layers are stored in groups that fit, each group from a run of its own.
 _HELD = 2 << 30
 
@@ -48,11 +51,12 @@ def run(job: Job, session: Session) -> None:
         )
     positions = params["positions"]
     source = prompts.read(job.input["tokens"], "source")
-    sources = [replace(prompt, target=_target(prompt, params["target"])) for prompt in source]
+    sources = [_with_target(prompt, params["target"]) for prompt in source]
+    read = params.get("read", "last")
     rows = session.rows(loaded, sources, job.runtime)
     heads = params.get("heads", False)
     key = prompts.key(job.input["tokens"])
-    choice = session.path(loaded, sources, positions)
+    choice = session.path(loaded, sources, positions, read)
     metadata = {
         "experiment": params["experiment"],
         "model": params["model"],
@@ -69,14 +73,17 @@ def run(job: Job, session: Session) -> None:
     }
     answers = {row.id: row.answer for row in source}
     order = {row.id: number for number, row in enumerate(source)}
-    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads)
+    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads, read)
     table = [
-        entry for number in range(len(runs.batches)) for entry in clean_rows(runs.readings(number), answers)
+        entry
+        for number in range(len(runs.batches))
+        for entry in clean_rows(runs.readings(number), answers, read)
     ]
     table.sort(key=lambda entry: order[entry["prompt"]])
     tokenizer = session.tokenizer(params["model_spec"]["path"], params["model_spec"]["revision"])
     for entry in table:
-        entry["target_text"] = tokenizer.decode([entry["target"]])
+        known = entry["target"] is not None
+        entry["target_text"] = tokenizer.decode([entry["target"]]) if known else _MANY[params["target"]]
         entry.update(experiment=params["experiment"], model=params["model"], source=params["dataset"])
     columns = {name: [entry[name] for entry in table] for name in schemas.CLEAN.names}
     _store(job, loaded, positions, rows, heads, metadata)
@@ -86,14 +93,21 @@ def run(job: Job, session: Session) -> None:
     log.info("%s: %d source prompts, closure error at most %.2g", params["dataset"], len(table), worst)
 
 
-def _target(prompt: Prompt, target: str) -> int | None:
-    return prompt.answer if target == "answer" else None
+def _with_target(prompt: Prompt, target: str) -> Prompt:
+    """Return the prompt with the token that is followed: None for the argmax."""
+    if target == "next":
+        return replace(prompt, targets=prompt.input_ids[1:])
+    return replace(prompt, target=prompt.answer if target == "answer" else None)
 
 
-def clean_rows(clean: CleanRun, answers: dict[int, int | None]) -> Iterator[dict[str, Any]]:
-    """Yield one row of the clean table per prompt of a run."""
+def clean_rows(
+    clean: CleanRun, answers: dict[int, int | None], read: str = "last"
+) -> Iterator[dict[str, Any]]:
+    """Yield one row of the clean table per prompt of a run.
+
+    With `read: every` the columns are means over the positions that are read, the errors the largest ones.
+    """
     columns = {
-        "target": clean.direction.target,
         "target_probability": clean.probability,
         "clean_logit": clean.clean_y + clean.direction.constant,
         "sigma": clean.direction.sigma,
@@ -102,16 +116,20 @@ def clean_rows(clean: CleanRun, answers: dict[int, int | None]) -> Iterator[dict
         "unembed_mlp": clean.effects["mlp"],
         "unembed_own_norm_attn": clean.own_norm["attn"],
         "unembed_own_norm_mlp": clean.own_norm["mlp"],
-        "closure_error": clean.closure_error,
-        "readout_error": clean.readout_error,
     }
-    values = {name: column.cpu().tolist() for name, column in columns.items()}
-    argmax = clean.argmax.cpu().tolist()
+    values = {name: clean.by_prompt(column).mean(1).cpu().tolist() for name, column in columns.items()}
+    values["closure_error"] = clean.by_prompt(clean.closure_error).amax(1).cpu().tolist()
+    values["readout_error"] = clean.readout_error.cpu().tolist()
+    argmax = clean.by_prompt(clean.argmax)[:, -1].cpu().tolist()
+    targets = clean.by_prompt(clean.direction.target).cpu().tolist()
+    every = read == "every"
     for number, prompt in enumerate(clean.prompts):
-        answer = answers[prompt]
+        answer = None if every else answers[prompt]  # an answer follows the last position only
         yield {
             "prompt": prompt,
             "n_tokens": clean.length,
+            "target": None if every else targets[number][0],
+            "targets": targets[number] if every else None,
             "correct": None if answer is None else argmax[number] == answer,
             **{name: column[number] for name, column in values.items()},
         }

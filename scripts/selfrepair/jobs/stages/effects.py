@@ -2,15 +2,17 @@
 
 Input: `tokens` and `clean` of the source; `activations` or `std` if the table of ablations lists them.
 Output `cell` (selfrepair.effects.columns.EFFECTS): one row per source prompt x component x draw, logits.
+With `read: every` there is a row per position, or the share `keep` of these rows, and `averages` and `selections`
+(selfrepair.effects.position_columns) reduce all of them.
 If heads are ablated also `downstream_heads` (selfrepair.effects.head_columns): one row per ablated site x later head.
 Params: experiment, model, model_spec, model_digest, source, ablation, layer, layers, components, positions, draws,
-seed, target, outcomes, code.
+seed, target, read, keep, outcomes, code.
 """
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,11 @@ from selfrepair.effects.head_columns import DOWNSTREAM_HEADS, STATISTICS
 from selfrepair.effects.later_heads import LaterHeads
 from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.outcomes import Asked
+from selfrepair.effects.position_columns import AVERAGES, EXTRA, SELECTIONS
 from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore, provenance
 from selfrepair.jobs.job import Job
+from selfrepair.jobs.position_tables import Positions, clean_effects
 from selfrepair.jobs.session import Session
 from selfrepair.models.head_readout import heads_add_up
 from selfrepair.models.loading import LoadedModel
@@ -35,9 +39,12 @@ from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.ablations import ACTIVATIONS, STD, kind
 from selfrepair.planning.sites import COMPONENTS, HEAD, HEADS, Site
 from selfrepair.prompts import tokens as prompts
+from selfrepair.prompts.prompt import Prompt
 from selfrepair.storage import tables, tensors
 
 log = logging.getLogger("selfrepair")
+
+_KEYS = ("experiment", "model", "source", "ablation")  # parameters that every row repeats
 
 
 def run(job: Job, session: Session) -> None:
@@ -47,16 +54,17 @@ def run(job: Job, session: Session) -> None:
     """
     params = job.params
     loaded = session.model(ModelSpec(**params["model_spec"]), params.get("model_digest"))
-    clean = tables.read(job.input["clean"], ["prompt", "target", "correct"]).to_pydict()
-    targets = dict(zip(clean["prompt"], clean["target"], strict=True))
+    clean = tables.read(job.input["clean"], ["prompt", "target", "targets", "correct"]).to_pylist()
+    of_prompt = {row["prompt"]: row for row in clean}
     source = prompts.read(job.input["tokens"], "source")
-    sources = [replace(prompt, target=targets[prompt.id]) for prompt in source]
+    sources = [_with_target(prompt, of_prompt[prompt.id]) for prompt in source]
+    read = params.get("read", "last")
     key = prompts.key(job.input["tokens"])
     positions = params["positions"]
     rows = session.rows(loaded, sources, job.runtime)
     heads = HEADS in params["components"]
-    choice = session.path(loaded, sources, positions)
-    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads)
+    choice = session.path(loaded, sources, positions, read)
+    runs = session.clean_runs(loaded, key, sources, positions, choice.path, rows, heads, read)
     sites = _sites(loaded, params["layer"], params["components"])
     ablation = ablations.create(params["ablation"], _inputs(job, loaded, rows))
     if isinstance(ablation, EmbeddingNoise) and positions == "last":
@@ -70,11 +78,10 @@ def run(job: Job, session: Session) -> None:
     started = time.perf_counter()
     measured = measure(loaded, runs, ablation, settings, later)
     seconds = time.perf_counter() - started
-    measured = in_order(measured, {row.id: number for number, row in enumerate(source)})
+    rank = {row.id: number for number, row in enumerate(source)}
+    measured = in_order(measured, rank)
     require_finite(measured, job.output["cell"])
-    correct = dict(zip(clean["prompt"], clean["correct"], strict=True))
-    facts = {row.id: Facts(targets[row.id], correct[row.id], len(row.input_ids) - 1) for row in source}
-    columns = table_columns(params, measured, sites, ablation, facts)
+    correct = {prompt: row["correct"] for prompt, row in of_prompt.items()}
     metadata = {
         "config": params,
         "cell_key": job.runtime.get("cell_key"),
@@ -91,9 +98,18 @@ def run(job: Job, session: Session) -> None:
     if later is not None:
         pairs, adds_up = later_heads_columns(params, sites, later), {"heads_add_up": heads_add_up(loaded)}
         tables.write(job.output["downstream_heads"], pairs, DOWNSTREAM_HEADS, metadata | adds_up)
-    tables.write(
-        job.output["cell"], columns, EFFECTS, metadata
-    )  # last: if it exists, all files of the cell do
+    if read == "every":
+        every = Positions(measured, sites, len(source), settings.n_draws)
+        means = every.averages(loaded, clean_effects(runs, rank))
+        columns = averages_columns(params, means, sites, ablation, every.n_positions)
+        tables.write(job.output["averages"], columns, AVERAGES, metadata)
+        rows_of = [{key: params[key] for key in _KEYS} | row for row in every.selections()]
+        columns = {name: [row[name] for row in rows_of] for name in SELECTIONS.names}
+        tables.write(job.output["selections"], columns, SELECTIONS, metadata)
+        measured = every.kept(params.get("keep"))
+    columns = table_columns(params, measured, sites, ablation, correct)
+    # Last: if the cell exists, all of its files do.
+    tables.write(job.output["cell"], columns, EFFECTS, metadata)
     log.info("%d rows, %.3f s in the engine (path %s)", len(measured["prompt"]), seconds, choice.path)
 
 
@@ -147,13 +163,10 @@ def _with_positions(stored: Tensor, positions: str) -> Tensor:  # -> (prompt, P,
     return stored if positions == "all" else stored[:, None]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a row repeats about its prompt."""
-
-    target: int
-    correct: bool | None
-    position: int  # the last one
+def _with_target(prompt: Prompt, row: Mapping[str, Any]) -> Prompt:
+    """Return the prompt with the targets of its row of the clean table."""
+    targets = row["targets"]
+    return replace(prompt, target=row["target"], targets=None if targets is None else tuple(targets))
 
 
 def table_columns(
@@ -161,15 +174,43 @@ def table_columns(
     measured: dict[str, np.ndarray],
     sites: tuple[Site, ...],
     ablation: ablations.Ablation,
-    facts: dict[int, Facts],  # by prompt
+    correct: Mapping[int, bool | None],  # by prompt
 ) -> dict[str, Any]:
     """Return every column of the table, ready to be written."""
-    ids, draws = measured["prompt"].tolist(), measured["draw"].tolist()
-    n_rows = len(ids)
-    columns: dict[str, Any] = {
-        name: pa.array(measured[name], column.type, from_pandas=column.nullable)
+    return {
+        **_measured_columns(measured, EFFECTS),
+        **_key_columns(params, measured, sites, ablation),
+        "target": measured["target"].tolist(),
+        "correct": [correct[prompt] for prompt in measured["prompt"].tolist()],
+        "position": measured["position"].tolist(),
+    }
+
+
+def averages_columns(
+    params: Mapping[str, Any],
+    means: dict[str, np.ndarray],
+    sites: tuple[Site, ...],
+    ablation: ablations.Ablation,
+    positions: int,
+) -> dict[str, Any]:
+    """Return every column of `averages`, ready to be written."""
+    n_rows = len(means["prompt"])
+    return {
+        **_measured_columns(means, AVERAGES),
+        **{name: means[name] for name in EXTRA},
+        **_key_columns(params, means, sites, ablation),
+        **dict.fromkeys(("target", "correct", "position"), [None] * n_rows),
+        "positions": [positions] * n_rows,
+    }
+
+
+def _measured_columns(measured: dict[str, np.ndarray], schema: pa.Schema) -> dict[str, pa.Array]:
+    """Return the columns of `Effects`; null where they were not measured."""
+    n_rows = len(measured["prompt"])
+    columns: dict[str, pa.Array] = {
+        name: pa.array(measured[name], schema.field(name).type, from_pandas=column.nullable)
         if name in measured
-        else pa.nulls(n_rows, column.type)
+        else pa.nulls(n_rows, schema.field(name).type)
         for name, column in COLUMNS.items()
         if column.kind != PROFILE
     }
@@ -177,9 +218,19 @@ def table_columns(
         values = measured[name].astype(np.float32)
         offsets = np.arange(n_rows + 1, dtype=np.int32) * values.shape[1]
         columns[name] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)))
+    return columns
+
+
+def _key_columns(
+    params: Mapping[str, Any],
+    measured: dict[str, np.ndarray],
+    sites: tuple[Site, ...],
+    ablation: ablations.Ablation,
+) -> dict[str, Any]:
+    ids, draws = measured["prompt"].tolist(), measured["draw"].tolist()
+    n_rows = len(ids)
     return {
-        **columns,
-        **{key: [params[key]] * n_rows for key in ("experiment", "model", "source", "ablation")},
+        **{key: [params[key]] * n_rows for key in _KEYS},
         "layer": [params["layer"]] * n_rows,
         "component": [
             sites[number].component if sites[number].index is None else HEAD for number in measured["site"]
@@ -188,9 +239,6 @@ def table_columns(
         "prompt": ids,
         "draw": draws,
         "replacement": [ablation.replacement(*pair) for pair in zip(ids, draws, strict=True)],
-        "target": [facts[prompt].target for prompt in ids],
-        "correct": [facts[prompt].correct for prompt in ids],
-        "position": [facts[prompt].position for prompt in ids],
     }
 
 
@@ -214,9 +262,9 @@ def later_heads_columns(
 
 
 def in_order(measured: dict[str, np.ndarray], rank: Mapping[int, int]) -> dict[str, np.ndarray]:
-    """Return the rows by site, prompt (`rank` is the place of each id) and draw, not in the order of batches."""
+    """Return the rows by site, prompt (`rank` is the place of each id), draw and position, not as batched."""
     ranks = np.array([rank[prompt] for prompt in measured["prompt"].tolist()])
-    order = np.lexsort((measured["draw"], ranks, measured["site"]))
+    order = np.lexsort((measured["position"], measured["draw"], ranks, measured["site"]))
     return {name: values[order] for name, values in measured.items()}
 
 

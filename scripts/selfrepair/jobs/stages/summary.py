@@ -4,7 +4,7 @@ Cells are read one at a time and reduced at once, so memory does not grow with t
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from selfrepair.analysis import audit, layers, verdicts
 from selfrepair.analysis.ablation_table import ABLATIONS, AblationTotals
-from selfrepair.analysis.cells import CONTROL, Cell, foreign, read_cell, read_clean
+from selfrepair.analysis.cells import CONTROL, Cell, foreign, read_cell, read_clean, verified
 from selfrepair.analysis.conditions import Conditions
 from selfrepair.analysis.contribution import contributions
 from selfrepair.analysis.downstream import DOWNSTREAM, downstream_table
@@ -21,6 +21,7 @@ from selfrepair.analysis.downstream_heads import downstream_heads_table, read_la
 from selfrepair.analysis.schema import floor_key, ordered, table
 from selfrepair.analysis.statistics import Bootstrap, seed_of
 from selfrepair.analysis.thresholds import LEVEL, RESAMPLES
+from selfrepair.effects.position_columns import SELECTIONS
 from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
@@ -33,7 +34,8 @@ log = logging.getLogger("selfrepair")
 def run(job: Job, session: object) -> None:
     """Write `numerics` and every table of grid.SUMMARY_TABLES.
 
-    Inputs: `cells`, `clean` and, if heads are ablated, `downstream_heads` (lists of paths, the last in the order of
+    Inputs: `cells` (with `read: every` the averages over positions), `clean`, with `read: every` `selections` and, if
+    heads are ablated, `downstream_heads` (lists of paths, the last in the order of
     the cells).
 
     Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError if a file's contents are not what was
@@ -99,6 +101,7 @@ def run(job: Job, session: object) -> None:
             [_numerics(source, rows["audit"], compared) for source in sources.values()], audit.NUMERICS
         ),
     }
+    results["selections"] = _selections(job.input.get("selections") or [])
     metadata = _shared(source.facts for source in sources.values()) | {
         "config": job.params,
         "inputs": cellstore.input_digests(job),
@@ -107,6 +110,12 @@ def run(job: Job, session: object) -> None:
     }
     for name, result in results.items():
         tables.write(job.output[name], result, None, metadata)
+
+
+def _selections(paths: Sequence[str]) -> pa.Table:
+    """Return the sums over selected rows of all cells but the control's."""
+    joined = (verified(path, SELECTIONS) for path in paths)
+    return ordered([one for one in joined if str(one["ablation"][0]) != CONTROL], SELECTIONS)
 
 
 def _numerics(

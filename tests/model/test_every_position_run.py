@@ -1,0 +1,160 @@
+"""A whole run with `read: every` through the stages: cells, averages, selections, kept rows, and the summary."""
+
+import copy
+import os
+
+import inprocess
+import numpy as np
+import polars as pl
+import pytest
+import tiny_models
+import tinyproject
+import torch
+from selfrepair.effects.columns import EFFECT, names
+from selfrepair.planning import config_loading, grid
+from selfrepair.storage import tables
+from selfrepair.tools import verify
+
+N, DRAWS, LENGTH = 4, 3, 9
+EXPERIMENT = {
+    "models": ["tiny"],
+    "datasets": ["b"],
+    "positions": "all",
+    "length": LENGTH,
+    "read": "every",
+    "target": "next",
+    "samples": N,
+    "store": 3,
+    "draws": DRAWS,
+    "components": ["attn", "heads"],
+    "ablations": ["zero", "replace"],
+    "layers": [1],
+    "outcomes": ["logit", "kl"],
+}
+CELL = {"source": "b", "layer": 1}
+KEEP = 0.3
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The results of two experiments that differ in `keep`, below the working directory."""
+    root = tmp_path_factory.mktemp("every")
+    before = os.getcwd()
+    os.chdir(root)
+    try:
+        tiny_models.build("llama", torch.float32).save_pretrained("model")
+        tinyproject.write_tokenizer(root / "model")
+        (root / "b.txt").write_text(
+            "\n".join(" ".join(f"w{(7 * n + 3 * n * t + t * t) % 190}" for t in range(14)) for n in range(20))
+        )
+        experiments = {"full": EXPERIMENT, "top": {**copy.deepcopy(EXPERIMENT), "keep": {"top": KEEP}}}
+        raw = {
+            "models": {"tiny": {"path": "model", "device": "cpu"}},
+            "datasets": {"b": {"path": "b.txt"}},
+            "experiments": experiments,
+        }
+        inprocess.run(config_loading.load_config(raw, root))
+        yield root
+    finally:
+        os.chdir(before)
+
+
+def cell(project, experiment, ablation, kind="effects"):
+    path = {"effects": grid.effects_path(experiment, "tiny", "b", ablation, 1)}.get(
+        kind, grid.extra_path(kind, experiment, "tiny", "b", ablation, 1)
+    )
+    return pl.from_arrow(tables.read(project / path)).with_columns(pl.col(pl.Categorical).cast(pl.String))
+
+
+def test_a_row_per_position_against_the_text(project):
+    rows = cell(project, "full", "replace-b")
+    assert len(rows) == 5 * N * DRAWS * (LENGTH - 1)
+    order = rows.select("component", pl.col("head").fill_null(-1), "prompt", "draw", "position")
+    assert order.rows()[: LENGTH - 1] == [("attn", -1, order[0, "prompt"], 0, p) for p in range(LENGTH - 1)]
+    tokens = pl.read_parquet(project / grid.tokens_path("full", "tiny", "b"))
+    ids = dict(tokens.select("prompt", "input_ids").iter_rows())
+    for prompt, position, target in rows.select("prompt", "position", "target").iter_rows():
+        assert ids[prompt][position + 1] == target
+    assert rows["kl"].min() >= 0 and rows["kl"].max() > 0.01
+    clean = pl.read_parquet(project / grid.clean_path("full", "tiny", "b"))
+    assert {prompt: targets for prompt, targets in clean.select("prompt", "targets").iter_rows()} == {
+        prompt: ids[prompt][1:] for prompt in clean["prompt"]
+    }
+    assert clean["target"].null_count() == N
+
+
+def test_rows_agree_with_full_forwards(project):
+    differences = verify.verify([project / "results"], 12, 3, "cpu")
+    assert len(differences) == 12 and max(one.excess for one in differences) <= 1
+    assert len({one.chosen.row["position"] for one in differences}) > 2
+
+
+def test_kept_rows_equal_filtering_all_rows(project):
+    for ablation in ("zero", "replace-b", "self"):
+        whole, kept = (cell(project, name, ablation).drop("experiment") for name in ("full", "top"))
+        size = int(np.ceil(KEEP * N * (LENGTH - 1)))
+        pairs = (
+            whole.filter(pl.col("draw") == 0)
+            .sort("delta_unembed", descending=True, maintain_order=True)
+            .group_by("component", "head", maintain_order=True)
+            .head(size)
+            .select("component", "head", "prompt", "position")
+        )
+        assert len(pairs) == 5 * size
+        expected = whole.join(
+            pairs,
+            on=["component", "head", "prompt", "position"],
+            nulls_equal=True,
+            maintain_order="left",
+            how="semi",
+        )
+        assert kept.equals(expected)
+
+
+def test_averages_and_selections_reduce_all_rows(project):
+    for ablation in ("replace-b", "zero"):
+        rows, means = cell(project, "full", ablation), cell(project, "full", ablation, "averages")
+        keys = ["component", "head", "prompt", "draw"]
+        expected = rows.group_by(keys, maintain_order=True).agg(
+            pl.col(*names(EFFECT), "sigma_ratio", "kl").mean(), pl.col("replacement").first()
+        )
+        assert means.select(keys).equals(expected.select(keys))
+        for name in (*names(EFFECT), "sigma_ratio", "kl"):
+            np.testing.assert_allclose(means[name], expected[name], atol=1e-5, err_msg=name)
+        assert means["replacement"].equals(expected["replacement"])
+        assert (means["positions"] == LENGTH - 1).all() and means["ledger_error"].max() < 1e-4
+        everything = cell(project, "full", ablation, "selections").filter(
+            (pl.col("selection") == "delta_unembed") & (pl.col("quantile") == 1)
+        )
+        totals = rows.group_by("component", "head", maintain_order=True).agg(
+            -pl.col("direct_effect").sum(), pl.len()
+        )
+        np.testing.assert_allclose(everything["sum_loss"], totals["direct_effect"], rtol=1e-5)
+        assert everything["rows"].to_list() == totals["len"].to_list()
+    for kind in ("averages", "selections"):
+        both = [cell(project, name, "replace-b", kind).drop("experiment") for name in ("full", "top")]
+        assert both[0].equals(both[1])
+
+
+def test_the_summary_uses_all_rows_whatever_is_kept(project):
+    for table in grid.SUMMARY_TABLES:
+        both = [
+            pl.from_arrow(tables.read(project / grid.summary_path(name, "tiny", table)))
+            .with_columns(pl.col(pl.Categorical).cast(pl.String))
+            .drop("experiment")
+            for name in ("full", "top")
+        ]
+        deterministic = [c for c in both[0].columns if not c.endswith(("_low", "_high"))]  # other resamples
+        assert both[0].select(deterministic).equals(both[1].select(deterministic)), table
+        assert len(both[0]), table
+    layers = pl.read_parquet(project / grid.summary_path("full", "tiny", "layers"))
+    row = layers.filter(
+        (pl.col("ablation") == "replace-b") & (pl.col("component") == "attn") & (pl.col("subset") == "all")
+    )
+    rows = cell(project, "full", "replace-b").filter(pl.col("component") == "attn")
+    assert row["prompts"].item() == N
+    assert row["delta_ablate_mean"].item() == pytest.approx(rows["delta_ablate"].mean(), abs=1e-5)
+    audit = pl.read_parquet(project / grid.summary_path("full", "tiny", "audit"))
+    assert audit.filter((pl.col("ablation") == "replace-b") & (pl.col("component") == "attn"))[
+        "rows"
+    ].item() == len(rows)
