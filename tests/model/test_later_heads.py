@@ -215,6 +215,16 @@ def check(found, whole, design):
     np.testing.assert_allclose(found["agreement"], np.bincount(winners, minlength=8) / 5)
 
 
+def test_the_sums_take_the_bytes_that_the_estimate_states():
+    """`costs.later_heads_bytes`: 16 bytes per ablated head, later head, and replacement prompt (plus 5)."""
+    heads, later, store = 4, 28, 30
+    groups = np.arange(2 * 600).reshape(600, 2) % store  # 600 prompts and their draws do not count
+    moments = HeadMoments(heads, later, Design(600, 2, groups), torch.device("cpu"))
+    kept = [*vars(moments).values(), *moments._kinds.values()]
+    size = sum(x.numel() * x.element_size() for x in kept if torch.is_tensor(x))
+    assert 0.95 < size / (16 * heads * later * (5 + store)) <= 1
+
+
 def test_sums_of_one_draw_have_no_spread_within_prompts():
     change = torch.rand(6, 1, 3, dtype=torch.float64) / 3
     moments = HeadMoments(1, 3, Design(6, 1, None), torch.device("cpu"))
