@@ -70,10 +70,10 @@ class Counter:
         self.rows = self.clean = 0
         ablate, run = measure.ablate, runs.clean_run
 
-        def counted(loaded, blocks, site, positions, path):
+        def counted(loaded, blocks, site, positions, path, asked):
             tokens = 1 if path in ("rows", "decode") else blocks[0].run.length
             self.rows = max(self.rows, sum(tokens * b.n_prompts * b.n_draws for b in blocks))
-            return ablate(loaded, blocks, site, positions, path)
+            return ablate(loaded, blocks, site, positions, path, asked)
 
         def counted_run(loaded, numbers, input_ids, **settings):
             self.clean = max(self.clean, input_ids.numel())
