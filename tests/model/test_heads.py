@@ -96,7 +96,7 @@ def test_heads_and_the_bias_add_up_to_the_attention(loaded, request):
     assert bool(bias.abs().max() > 1e-3) == (case in BIASED)
     of_bias = run.direction.effect(bias[:, None])[:, 0]
     if case != "gemma2":  # a post-norm scales the sum of the parts by its size
-        of_heads = heads_unembed(loaded, run, slice(0, 2), loaded.head_sites(layer)).sum(1)
+        of_heads = heads_unembed(loaded, run, slice(0, 2), loaded.head_sites(layer)).sum(1)[:, 0]
         torch.testing.assert_close(of_heads + of_bias, run.effects["attn"][:, layer], atol=1e-9, rtol=0)
         assert of_heads.abs().max() > 1e-3
 
