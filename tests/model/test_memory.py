@@ -233,15 +233,18 @@ def test_rows_do_not_change_while_a_session_fills_its_memory(loaded, monkeypatch
 
 
 @pytest.mark.parametrize("heads", [False, True])
-@pytest.mark.parametrize(("positions", "path"), [("last", "rows"), ("all", "trimmed")])
-def test_the_estimate_of_a_row_covers_what_a_pass_allocates(positions, path, heads):
+@pytest.mark.parametrize(
+    ("positions", "path", "read"),
+    [("last", "rows", "last"), ("all", "trimmed", "last"), ("all", "replay", "every")],
+)
+def test_the_estimate_of_a_row_covers_what_a_pass_allocates(positions, path, read, heads):
     """Largest sum of live tensors in one pass, measured, against the estimate: neither below nor far above."""
     model = tiny_models.build(
         "llama", dtype=torch.float32, hidden_size=256, intermediate_size=1024, head_dim=64
     )
     big = wrap(model)
     length, n_draws = 6, 64
-    found = CleanRuns(big, prompts(8, "all"), positions, path == "rows", 10**6, 1 << 40, heads)
+    found = CleanRuns(big, prompts(8, "all"), positions, path == "rows", 10**6, 1 << 40, heads, read)
     found.run(0, 2)
     sites = big.head_sites(2) if heads else None
     tokens = 8 * n_draws * (1 if path == "rows" else length) * (len(sites) if heads else 1)

@@ -399,3 +399,13 @@ def test_a_damaged_figure_is_named(evil: tuple[Page, Job, synthetic.Run], tmp_pa
     files = [str(broken) if path.endswith("ledger.html") else path for path in job.input["figures"]]
     with pytest.raises(DamagedFileError, match=r"ledger\.html: is not a figure of this workflow"):
         report.run(Job("report", {**job.input, "figures": files}, job.output, job.params), None)
+
+
+def test_the_note_on_reading_every_position_names_their_number_and_target() -> None:
+    assert sentences.positions({"positions": "last"}) == []
+    (note,) = sentences.positions({"positions": "all"})
+    assert "reach the last position" in note
+    config = {"positions": "all", "read": "every", "length": 128}
+    first, second = sentences.positions({**config, "target": "next"})
+    assert "reach later positions" in first and "read at 127 positions" in second and "next token" in second
+    assert "read at 128 positions" in sentences.positions({**config, "target": "argmax"})[1]

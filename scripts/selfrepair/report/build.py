@@ -50,7 +50,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
         model=params["model"],
         warnings=sentences.warnings(results),
         answers=sentences.answers(results),
-        notes=sentences.positions(config.get("positions", "last")),
+        notes=sentences.positions(config),
         overview=report_tables.overview(results),
         sections=_sections(results, heads),
         facts=[(heading, settings(values)) for heading, values in groups],

@@ -3,8 +3,9 @@
 Sentences speak about each source under its default ablation. None is written for a null.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -301,12 +302,25 @@ def trust(results: Results) -> list[str]:
     ]
 
 
-def positions(kind: str) -> list[str]:
-    """Return the note on `positions: all`."""
-    if kind != "all":
+def positions(config: Mapping[str, Any]) -> list[str]:
+    """Return the notes on `positions: all` and `read: every`; `config` holds the settings of the experiment."""
+    if config.get("positions", "last") != "all":
         return []
-    return [
-        "All positions are ablated. The ablated layer's changed keys and values reach the last position through later "
+    every = config.get("read", "last") == "every"
+    reached = "later positions" if every else "the last position"
+    notes = [
+        f"All positions are ablated. The ablated layer's changed keys and values reach {reached} through later "
         "attention, so part of the repair term is damage done at other positions. Do not compare these restorations "
         "with those of an experiment with positions: last."
     ]
+    if every:
+        read = config["length"] - (config["target"] == "next")
+        followed = (
+            "the text's own next token" if config["target"] == "next" else "the model's most likely token"
+        )
+        notes.append(
+            f"Effects are read at {read} positions of every prompt, each for {followed}. The positions of a prompt are "
+            "averaged first: numbers, points and shares are about such averages, and n counts prompts. Sums over the "
+            "positions with the largest effects are in summary/selections.parquet."
+        )
+    return notes
