@@ -27,7 +27,8 @@ from selfrepair.jobs.lifeline import require_run
 
 PRETEND = "SELFREPAIR_PRETEND_DEVICES"  # a number of CPU workers that stand for devices, in tests
 _GATE = "several-devices.lease"  # the lock of the one job that waits for several devices
-_POLL_SECONDS = 0.005  # between two attempts to lease a device
+_POLL_SECONDS = 0.005  # between the first attempts to lease a device
+_POLL_SHARE = 0.01  # of the time waited so far, between later ones: many jobs that wait take little processor time
 # How long a device must have been free before a job takes it, by what the device was used for last. Another job of the
 # same model or source may be about to take it, and loading a model takes longer than these waits.
 _SAME_SOURCE, _SAME_MODEL, _OTHER_MODEL = 0.0, 0.02, 2.0
@@ -71,6 +72,7 @@ def leased(job: Job, directory: Path) -> Iterator[Lease]:
     with contextlib.ExitStack() as locks:
         if len(groups[0][0]) > 1:
             gate = locks.enter_context(contextlib.closing(_waited(directory / _GATE)))
+        started = time.monotonic()
         while True:
             # The last uses may change until the lock is held, which costs time and never correctness.
             ranks = [[_rank(path, use) for path in paths] for _, paths in groups]
@@ -99,16 +101,21 @@ def leased(job: Job, directory: Path) -> Iterator[Lease]:
                     for path in paths:
                         os.utime(path)  # free from now on
                 return
-            require_run()
-            time.sleep(_POLL_SECONDS)
+            _pause(started)
 
 
 def _waited(path: Path) -> IO[str]:
     """Return the locked file, once no other process holds the lock. Raises InputError if the Snakemake run ends."""
+    started = time.monotonic()
     while (lock := try_lock(path)) is None:
-        require_run()
-        time.sleep(_POLL_SECONDS)
+        _pause(started)
     return lock
+
+
+def _pause(started: float) -> None:
+    """Wait between two attempts to lock. Raises InputError if the Snakemake run ends."""
+    require_run()
+    time.sleep(max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - started)))
 
 
 def _groups(runtime: Mapping[str, Any]) -> list[list[Device]]:
