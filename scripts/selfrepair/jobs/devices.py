@@ -28,7 +28,7 @@ from selfrepair.jobs.lifeline import require_run
 PRETEND = "SELFREPAIR_PRETEND_DEVICES"  # a number of CPU workers that stand for devices, in tests
 _GATE = "several-devices.lease"  # the lock of the one job that waits for several devices
 _POLL_SECONDS = 0.005  # between the first attempts to lease a device
-_POLL_SHARE = 0.01  # of the time waited so far, between later ones: many jobs that wait take little processor time
+_POLL_SHARE = 0.01  # of the time waited so far, between later ones, so that waiting costs little
 # How long a device must have been free before a job takes it, by what the device was used for last. Another job of the
 # same model or source may be about to take it, and loading a model takes longer than these waits.
 _SAME_SOURCE, _SAME_MODEL, _OTHER_MODEL = 0.0, 0.02, 2.0

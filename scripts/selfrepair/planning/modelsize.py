@@ -63,7 +63,8 @@ def size_of(model: Model) -> Size:
     if shapes:
         parameters = sum(map(math.prod, shapes))
         embeddings = sum(math.prod(shape) for shape in shapes if len(shape) == 2 and vocabulary in shape)
-        widest = max(max(shape[-2:]) for shape in shapes if len(shape) > 1 and vocabulary not in shape)
+        matrices = [shape[-2:] for shape in shapes if len(shape) > 1 and vocabulary not in shape]
+        widest = max((max(matrix) for matrix in matrices), default=width)
     else:
         experts = find(config, _EXPERTS) or 1
         # Four projections of attention, and three of a gated MLP (older models have two, so this is an upper bound).
