@@ -11,6 +11,8 @@ import tiny_models
 import torch
 from selfrepair.effects import measure
 from selfrepair.effects.ablations import Zero
+from selfrepair.effects.later_heads import LaterHeads
+from selfrepair.effects.outcomes import Asked
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import choose
 from selfrepair.errors import InputError
@@ -78,22 +80,32 @@ def test_a_model_spread_over_two_devices_gives_the_results_of_one(models, positi
         choice = choose(spread, ids, positions)
         assert choice.path == ("rows" if positions == "last" else "trimmed"), choice
         found = {case: test_gpu.cell(spread, case[2], *case[:2], count=2) for case in cases}
-        found[None] = heads(spread, positions, choice.path)
+        found["heads"] = heads(spread, positions, choice.path)
+        if positions == "all":
+            found["every"] = heads(spread, positions, "replay", "every")
     for case, columns in found.items():
-        expected = (
-            test_gpu.cell(here, case[2], *case[:2], count=2) if case else heads(here, positions, choice.path)
-        )
+        if case == "heads":
+            expected = heads(here, positions, choice.path)
+        elif case == "every":
+            expected = heads(here, positions, "replay", "every")
+        else:
+            expected = test_gpu.cell(here, case[2], *case[:2], count=2)
         for name, values in expected.items():
             np.testing.assert_allclose(columns[name], values, atol=1e-6, err_msg=f"{case} {name}")
 
 
-def heads(loaded, positions, path):
-    """Effects of every head of the layer before the boundary."""
+def heads(loaded, positions, path, read="last"):
+    """Effects of every head of the layer before the boundary, with the later heads and the next-token distribution."""
     found = CleanRuns(
-        loaded, test_gpu.prompts(2, 6, positions), positions, path == "rows", 100, 1 << 30, True
+        loaded, test_gpu.prompts(2, 6, positions), positions, path == "rows", 100, 1 << 30, True, read
     )
-    settings = measure.Settings(loaded.head_sites(1), 1, positions, path, 24)
-    return measure.measure(loaded, found, Zero(), settings)
+    sites = loaded.head_sites(1)
+    settings = measure.Settings(sites, 1, positions, path, 24, Asked(("logprob", "kl", "top1")))
+    later = LaterHeads(loaded, found, Zero(), 1)
+    columns = measure.measure(loaded, found, Zero(), settings, later)
+    assert {"logprob_change", "kl", "top1_changed"} <= set(columns)
+    changes = {f"later {site} {name}": x for site in sites for name, x in later.columns[site].items()}
+    return columns | changes
 
 
 @pytest.mark.parametrize(
