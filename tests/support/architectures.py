@@ -22,14 +22,15 @@ import tiny_models
 import torch
 import transformers
 from selfrepair.effects import reference
-from selfrepair.effects.clean import clean_run
-from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, names
-from selfrepair.effects.engine import ablate
+from selfrepair.effects.clean import CleanRun, clean_run
+from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, Effects, names
+from selfrepair.effects.engine import ablate, ablate_and_read_heads
 from selfrepair.effects.heads import contributions_with_parts, heads_unembed
 from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.selftest import Choice, choose
 from selfrepair.errors import InputError
 from selfrepair.models.adapter import require_decoder_only
+from selfrepair.models.head_readout import heads_add_up, post_norm
 from selfrepair.models.loading import LoadedModel, wrap
 from selfrepair.planning.sites import Site
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -296,16 +297,44 @@ def head_disagreement(loaded: LoadedModel, positions: str, path: str) -> float:
     prompts = slice(0, 1)
     value = contributions_with_parts(loaded, run, prompts, sites, [x[None, None] for x in parts])
     unembed = heads_unembed(loaded, run, prompts, sites)
-    found = ablate(loaded, [RowBlock(run, prompts, value.flatten(1, 2), unembed)], sites[0], positions, path)
+    rows = [RowBlock(run, prompts, value.flatten(1, 2), unembed)]
+    found, later = ablate_and_read_heads(loaded, rows, sites[0], positions, path)
     expected = [
         reference.effects(loaded, ids[0], site, x, target, before)
         for site, x in zip(sites, parts, strict=True)
     ]
     assert float(found.delta_ablate.abs().min()) > 1e-6, "an ablation that changes nothing tests nothing"
-    return max(
+    errors = [
         float((getattr(found, column) - torch.stack([getattr(row, column) for row in expected])).abs().max())
         for column in names(EFFECT, LOGIT, DIAGNOSTIC)
-    )
+    ]
+    return max(*errors, *later_heads_disagreement(loaded, run, before, found, later.change))
+
+
+def later_heads_disagreement(
+    loaded: LoadedModel, run: CleanRun, before: reference.ForwardPass, effects: Effects, change: torch.Tensor
+) -> list[float]:
+    """Errors of the later heads, in logits, after an ablation of layer 1.
+
+    Their clean direct effects against u(a) - u(f(x with part h = 0)) of a full forward, in layers without a post-norm,
+    whose scale that definition would change. The sum of their changes against the change of each later attention.
+    """
+    layers = range(2, loaded.n_layers)
+    errors = [0.0]
+    for layer in layers:
+        if post_norm(loaded, layer) is None:
+            x = before.head_inputs[layer][-1]  # (head, width)
+            without = torch.stack([x.index_fill(0, torch.tensor(h), 0) for h in range(len(x))]).flatten(1)
+            parts = loaded.from_heads(layer, x.flatten()) - loaded.from_heads(
+                layer, without
+            )  # (head, d_model)
+            wanted = parts.double() @ run.direction.per_sigma[0].double()
+            errors.append(float((run.head_effects[layer][0] - wanted).abs().max()))
+    if heads_add_up(loaded):
+        sizes = [loaded.heads(layer).n_heads for layer in layers]
+        sums = torch.stack([part.sum(-1) for part in change.split(sizes, -1)], -1)  # (row, layer)
+        errors.append(float((sums - effects.downstream_attn[:, 2:]).abs().max()))
+    return errors
 
 
 def _heads(loaded: LoadedModel) -> str:
