@@ -47,7 +47,14 @@ def project(tmp_path_factory):
         (root / "b.txt").write_text(
             "\n".join(" ".join(f"w{(7 * n + 3 * n * t + t * t) % 190}" for t in range(14)) for n in range(20))
         )
-        experiments = {"full": EXPERIMENT, "top": {**copy.deepcopy(EXPERIMENT), "keep": {"top": KEEP}}}
+        more = {
+            **EXPERIMENT,
+            "target": "argmax",
+            "ablations": ["mean", "noise"],
+            "components": ["attn", "mlp"],
+        }
+        top = {**copy.deepcopy(EXPERIMENT), "keep": {"top": KEEP}}
+        experiments = {"full": EXPERIMENT, "top": top, "more": more}
         raw = {
             "models": {"tiny": {"path": "model", "device": "cpu"}},
             "datasets": {"b": {"path": "b.txt"}},
@@ -84,9 +91,17 @@ def test_a_row_per_position_against_the_text(project):
 
 
 def test_rows_agree_with_full_forwards(project):
-    differences = verify.verify([project / "results"], 12, 3, "cpu")
-    assert len(differences) == 12 and max(one.excess for one in differences) <= 1
-    assert len({one.chosen.row["position"] for one in differences}) > 2
+    """Zero, mean, noise, replacement and the control; attention, MLP and heads; both targets."""
+    differences = verify.verify([project / "results"], 27, 3, "cpu")
+    assert len(differences) == 27 and max(one.excess for one in differences) <= 1
+    assert len({one.chosen.row["position"] for one in differences}) > 4
+    assert {one.chosen.row["ablation"] for one in differences} == {
+        "zero",
+        "mean",
+        "noise",
+        "replace-b",
+        "self",
+    }
 
 
 def test_kept_rows_equal_filtering_all_rows(project):
