@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import projects
@@ -221,3 +222,12 @@ def test_reading_every_position_costs_a_row_each_of_which_a_share_is_stored(root
     assert found["every"].operations["effects"] == found["last"].operations["effects"]
     assert found["top"].disk["averages, selections"] == found["every"].disk["averages, selections"]
     assert found["top"].disk["effects"] < found["every"].disk["effects"] / 3
+    experiment, model = config.experiments["grid"], config.models["demo"]
+    held = (
+        3 * (5 * 2 * 5 * 9) * 4 * (2 * 8 + costs._SCALARS)
+    )  # rows of 4 heads and the attention, 9 positions
+    assert costs.held_rows_bytes(experiment, costs.size_of(model), 10) == held
+    assert (
+        costs.memory_mb(model, 1, replace(experiment, samples=50_000))
+        > costs.memory_mb(model, 1) + held / 100 - 1
+    )

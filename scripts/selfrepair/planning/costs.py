@@ -98,9 +98,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         disk["averages, selections"] = runs_ablated * (2 * 4 * size.layers + _ROW) + n_cells * (
             sites * _SELECTIONS + 12e3
         )
-        # All rows of a cell are in memory until they are reduced.
-        most = experiment.samples * experiment.draws * sites * _positions_read(experiment, longest)
-        working += 2 * most * 4 * (2 * size.layers + _SCALARS)
+        working += held_rows_bytes(experiment, size, longest)
     if heads:
         pairs = _pairs(experiment, size, layers) * len(experiment.datasets)
         disk["changes of later heads"] = pairs * len(ablations) * _PAIR + n_cells * 9e3
@@ -120,6 +118,16 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         size.weights + working,
         kept,
     )
+
+
+def held_rows_bytes(experiment: Experiment, size: Size, length: float) -> float:
+    """Return the bytes of main memory that the rows of one cell take until they are reduced and written.
+
+    They exist three times while they are put in order.
+    """
+    sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+    rows = experiment.samples * experiment.draws * sites * _positions_read(experiment, length)
+    return 3 * rows * 4 * (2 * size.layers + _SCALARS)
 
 
 def _positions_read(experiment: Experiment, length: float) -> float:
@@ -186,9 +194,16 @@ _SLOW_DEVICE = {"cpu": 2e10, "other": 2e12}
 _LOADING = 1e8  # bytes of weights per second, from a busy network disk
 
 
-def memory_mb(model: Model, attempt: int) -> int:
-    """Main memory for a job that loads `model`; half as much again on each further attempt."""
-    return int((1.3 * size_of(model).weights / 1e6 + 4000) * 1.5 ** (attempt - 1))
+def memory_mb(model: Model, attempt: int, experiment: Experiment | None = None) -> int:
+    """Main memory for a job that loads `model`; half as much again on each further attempt.
+
+    `experiment`: for a job that may be a cell of it.
+    """
+    size = size_of(model)
+    rows = 0.0
+    if experiment is not None and experiment.read == "every":
+        rows = held_rows_bytes(experiment, size, float(experiment.length or 0))
+    return int(((1.3 * size.weights + rows) / 1e6 + 4000) * 1.5 ** (attempt - 1))
 
 
 def minutes(experiment: Experiment, model: Model, stage: str, attempt: int, length: float = 512.0) -> int:

@@ -349,7 +349,7 @@ class Plan:
 
     def memory_mb(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the megabytes of main memory to request from a batch system."""
-        return costs.memory_mb(self._model(wildcards), attempt)
+        return costs.memory_mb(self._model(wildcards), attempt, self._experiment(wildcards))
 
     def minutes(self, wildcards: Wildcards, attempt: int, stage: str) -> int:
         """Return the minutes to request from a batch system; those of a cell do not include loading the model."""
