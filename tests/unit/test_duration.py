@@ -1,5 +1,6 @@
 """The time of an experiment against sums made by hand, and the line that `make estimate` prints."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,20 @@ def test_the_speed_of_a_product_is_measured_without_loading_a_model(
     monkeypatch.setattr(estimate, "size_of", lambda _: SIZE)
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(readings) * 1e-3)
     assert estimate.speed(config.models["demo"], "cpu") == pytest.approx(2 * 1024 * 4 * 16 / 1e-3)
+
+
+def test_the_page_states_the_constants() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| (.*?) \| .*\|$", page, flags=re.MULTILINE))
+    assert rows["plan"] == f"{duration.PLAN_SECONDS:g}"
+    assert (
+        rows["start"] == f"{duration.WORKER_SECONDS:g} + bytes of weights / 5e8"
+        and duration.LOADING_RATE == 5e8
+    )
+    assert rows["sources"].startswith(f"{duration.SOURCE_SECONDS:g} per data set")
+    assert f"+ {duration.CALL_SECONDS:g} per layer and pass" in rows["engine"]
+    assert rows["around"] == f"{duration.CELL_SECONDS:g} per cell"
+    assert rows["report"] == f"{duration.REPORT_SECONDS:g} per experiment and model"
+    assert f"takes {duration.SELFTEST_PASSES:g} forward passes" in page
+    shares = (*duration.SHARE_OF_PEAK.values(), *duration.SHARE_OF_PEAK_16_BIT.values())
+    assert "{:g} for `last` and {:g} for `all`; in 16 bits {:g} and {:g}".format(*shares) in page
