@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import os
 import re
 import shutil
@@ -73,6 +74,34 @@ def submitted(said: str) -> int:
     return len(re.findall(r"has been submitted with SLURM jobid|Submitted .* with external jobid", said))
 
 
+def timeline(project: stubproject.Project, devices: int) -> tuple[str, set[str]]:
+    """Start and end of every batch job and cell of a run, as text, and the nodes of the cells' batch jobs."""
+    listed = slurm("squeue", "--states=all", "--noheader", "--format=%i|%j|%N|%S|%e|%Z").splitlines()
+    jobs = [line.split("|") for line in listed if line.endswith(f"|{project.path}")]
+    records = [json.loads(file.read_text()) for file in project.path.glob(".snakemake/metadata/*")]
+    cells = sorted(
+        (record["starttime"], record["endtime"], "/".join(Path(record["log"][0]).with_suffix("").parts[-3:]))
+        for record in records
+        if record["rule"] == "effects"
+    )
+    lines = [
+        f"  job {number} on {node}, {began[-8:]} to {ended[-8:]}: {name}"
+        for number, name, node, began, ended, _ in sorted(jobs, key=lambda job: int(job[0]))
+    ]
+    lines += [
+        f"  {began - cells[0][0]:6.2f} s to {ended - cells[0][0]:6.2f} s: {cell}"
+        for began, ended, cell in cells
+    ]
+    nodes = {node for _, name, node, *_ in jobs if "cells-" in name}
+    busy = sum(ended - began for began, ended, _ in cells)
+    span = max(ended for _, ended, _ in cells) - cells[0][0]
+    share = busy / (span * devices * max(1, len(nodes)))
+    lines.append(
+        f"  {busy:.1f} s of cells in {span:.1f} s on {len(nodes)} nodes: {share:.1f} cells at a time per device"
+    )
+    return "\n".join(lines), nodes
+
+
 @pytest.fixture
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("slurm")
@@ -97,7 +126,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     project.close()
 
 
-GROUPS = 3  # zero, replace-a, self
+GROUPS = 3  # zero, replace-a, self, of eight layers each
+NODES = {"node1", "node2"}  # of slurm/slurm.conf, on this machine
 
 
 @pytest.mark.parametrize(
@@ -106,15 +136,17 @@ GROUPS = 3  # zero, replace-a, self
 def test_a_small_grid_is_that_of_a_local_run(
     local: Project, directory: Path, profile: str, devices: int, loads: int
 ) -> None:
-    """The plugin runs every cell as a job step, with which SLURM may end the worker."""
+    """Two nodes share results/. The plugin runs every cell as a job step, with which SLURM may end the worker."""
     for part in ("Snakefile", "workflow", "scripts", "envs", "profiles", "model", "a.jsonl"):
         (shutil.copytree if (local.path / part).is_dir() else shutil.copy)(
             local.path / part, directory / part
         )
     cluster = Project(directory, local.configured())
     cluster.profile = profile
+    if profile == "slurm":
+        cluster.extra = ("--group-components", f"cells={24 // GROUPS}")
     if devices > 1:
-        cluster.extra = ("--resources", f"gpu={devices}")
+        cluster.extra += ("--resources", f"gpu={devices}")
         cluster.extra_environment = {"SELFREPAIR_PRETEND_DEVICES": str(devices)}
     started = time.monotonic()
     said = cluster.snakemake("--until", "summary")
@@ -135,6 +167,9 @@ def test_a_small_grid_is_that_of_a_local_run(
         f"{seconds:.0f} s; arithmetic of the cells {engine:.2f} s; "
         f"median time between two cells {steps[len(steps) // 2]:.2f} s"
     )
+    log, nodes = timeline(cluster, devices)
+    print(log)
+    assert nodes == NODES
     starts = sum(len(re.findall("loading model", log)) for log in logs)
     # A device may get no cell of a group. Without control groups a worker survives the plugin's job steps.
     assert GROUPS <= starts <= loads
@@ -154,17 +189,18 @@ def test_a_bad_night(directory: Path) -> None:
     expected.profile = None
     expected.snakemake("--until", "summary")
     project = Project.stub(directory / "night", FAULTY, layers=2)
-    project.extra = ("--retries", "0")
+    project.extra = ("--retries", "0", "--group-components", "cells=2")
     cells = len(list(expected.path.glob("results/e/m/effects/*/*/*.parquet")))
     # Every cell takes a second; one fails.
     project.behave(sleep=('"ablation": ', 1.0), error=('"ablation": "mean", "code"', "surprise"))
-    failing = "cells-e-m-a-mean"
+    # Two layers of zero, mean and self of each source, in this order: the batch jobs of mean fail.
+    failing = "cells-e-m-1"
     run = faults.start(project, "--until", "summary")
     victims: set[str] = set()
 
     def next_victim() -> str:
         """The batch job of a group whose cells do not fail; which comes first is Snakemake's choice."""
-        names = [f"cells-e-m-{source}-{ablation}" for source in "ab" for ablation in ("self", "zero")]
+        names = [f"cells-e-m-{number}" for number in (0, 2, 3, 5)]
         found: list[str] = []
 
         def seen() -> bool:
@@ -199,12 +235,12 @@ def test_a_bad_night(directory: Path) -> None:
     print(f"job {job}: cancelled")
     wait_for(lambda: not worker_of(job), 20)
 
-    # The node's daemon ends and comes back while jobs run.
-    pid_file = Path(os.environ["HYDRA_SLURM"]) / "slurmd.pid"
+    # The daemon of one node ends and comes back while jobs run.
+    pid_file = Path(os.environ["HYDRA_SLURM"]) / "slurmd-node1.pid"
     os.kill(int(pid_file.read_text()), 9)
     time.sleep(2)
-    subprocess.run(["slurmd", "-N", os.uname().nodename.split(".")[0]], check=True)
-    print("slurmd killed and started again")
+    subprocess.run(["slurmd", "-N", "node1"], check=True)
+    print("slurmd of node1 killed and started again")
 
     assert run.wait(timeout=1200) == 1
     said = (project.path / "said.txt").read_text()

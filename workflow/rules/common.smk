@@ -72,7 +72,35 @@ def memory_mb(wildcards, attempt):
 
 
 def minutes(stage):
-    return lambda wildcards, attempt: PLAN.minutes(wildcards, attempt, stage)
+    def of_job(wildcards, attempt):
+        if stage == "effects" and (jobs := batch_jobs()):
+            return jobs.minutes(cell_of(wildcards), attempt)
+        return PLAN.minutes(wildcards, attempt, stage)
+
+    return of_job
+
+
+@functools.cache
+def batch_jobs():
+    # `group-components: cells=N` of a profile asks for batch jobs of at most N cells each. Snakemake knows its options
+    # after it has read this file.
+    limit = workflow.group_settings.group_components.get("cells")
+    return PLAN.batch_jobs(limit) if limit else None
+
+
+def cell_of(wildcards):
+    names = wildcards.experiment, wildcards.model, wildcards.source, wildcards.ablation
+    return grid.Cell(*names, int(wildcards.layer))
+
+
+def batch_job(wildcards):
+    jobs = batch_jobs()
+    if jobs is None:
+        return None
+    name = jobs.name(cell_of(wildcards))
+    # Snakemake looks up the number of cells under the parent of a group's name.
+    workflow.parent_groupids[name] = "cells"
+    return name
 
 
 # Before the first job of a run; not for dry runs, and not in the Snakemakes that executors start.

@@ -18,6 +18,8 @@ for name, (kinds, experiments) in grid.effects_rules(PLAN.config).items():
         wildcard_constraints:
             experiment=one_of(experiments),
         priority: priority("effects")
+        group:
+            batch_job
         conda:
             "../../envs/model.yaml"
         resources:

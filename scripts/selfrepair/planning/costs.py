@@ -48,7 +48,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         4.0 if heads else 3.0
     )  # per layer and position kept: the residual stream, what is added to it, heads
     rows = runs_ablated = 0
-    clean = cells = noise = stored = kept = 0.0
+    clean = cells = stored = kept = 0.0
     for dataset in experiment.datasets:
         length = lengths[dataset]
         per_row = length if everywhere else 1.0
@@ -70,15 +70,10 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         for ablation in ablations:
             draws = grid.draws(experiment, ablation)
             for layer in layers:
-                for component in experiment.components:
-                    above = size.layers - layer - 1 + (0.0 if component == MLP else _OWN_MLP)
-                    count = experiment.samples * draws * (size.heads if component == HEADS else 1)
-                    runs_ablated += count
-                    rows += round(count * read * (experiment.keep or 1.0))
-                    cells += count * per_row * above * _layer(size, length)
-            if ablation == "noise":  # a run of its own per draw: once per source if kept, else once per cell
-                runs = experiment.samples * draws * length * forward_operations(size, length)
-                noise += runs * (len(layers) / 2 if everywhere else 1)
+                count = experiment.samples * draws * _sites(experiment, size)
+                runs_ablated += count
+                rows += round(count * read * (experiment.keep or 1.0))
+                cells += cell_operations(experiment, model, ablation, layer, length)
     n_cells = len(experiment.datasets) * len(ablations) * len(layers)
     sources = len(experiment.datasets) * experiment.samples
     longest = max(lengths[dataset] for dataset in experiment.datasets)
@@ -104,7 +99,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         disk["changes of later heads"] = pairs * len(ablations) * _PAIR + n_cells * 9e3
         disk["summary, figures, report"] += pairs * len(ablations) * _PAIR_OF_SUMMARY
         working += later_heads_bytes(experiment, size, layers)
-    operations = {"activations": clean, "effects": cells + noise}
+    operations = {"activations": clean, "effects": cells}
     if set(experiment.outcomes) & set(DISTRIBUTION):
         operations["outcomes"] = _distributions(experiment, size, lengths, layers)
         working += distribution_bytes(size.vocabulary, max(4, size.item))
@@ -177,6 +172,27 @@ def later_heads_bytes(experiment: Experiment, size: Size, layers: Sequence[int])
     return 2 * 8 * size.heads * later * (5 + (experiment.store if drawn else 0))
 
 
+def _sites(experiment: Experiment, size: Size) -> int:
+    """Return the sites of one layer that the experiment ablates."""
+    return sum(size.heads if component == HEADS else 1 for component in experiment.components)
+
+
+def cell_operations(experiment: Experiment, model: Model, ablation: str, layer: int, length: float) -> float:
+    """Return the operations of one cell, over prompts of `length` tokens: its ablated runs, and its noised runs."""
+    size = size_of(model)
+    layers = 0.0  # that are computed, over all sites
+    for component in experiment.components:
+        sites = size.heads if component == HEADS else 1
+        layers += sites * (size.layers - layer - 1 + (0.0 if component == MLP else _OWN_MLP))
+    everywhere = experiment.positions == "all"
+    runs = experiment.samples * grid.draws(experiment, ablation)
+    operations = runs * (length if everywhere else 1.0) * layers * _layer(size, length)
+    if ablation == "noise":  # a run of its own per draw: once per source if kept, else up to every layer
+        share = 0.5 if everywhere else 1 / len(grid.layers(experiment, model))
+        operations += runs * length * forward_operations(size, length) * share
+    return operations
+
+
 def _layer(size: Size, length: float) -> float:
     """Operations of one token in one layer: every parameter once, and its attention to `length` tokens."""
     return 2 * size.per_layer + 4 * length * size.width
@@ -190,7 +206,7 @@ def forward_operations(size: Size, length: float) -> float:
 # ---- what a batch system is asked for ----------------------------------------------------------------------
 
 # Conservative on purpose, in operations per second: a job that is given too little time is killed.
-_SLOW_DEVICE = {"cpu": 2e10, "other": 2e12}
+SLOW_DEVICE = {"cpu": 2e10, "other": 2e12}
 _LOADING = 1e8  # bytes of weights per second, from a busy network disk
 
 
@@ -213,11 +229,10 @@ def minutes(experiment: Experiment, model: Model, stage: str, attempt: int, leng
     """
     size = size_of(model)
     length = float(experiment.length or length)
-    speed = _SLOW_DEVICE["cpu" if model.device == "cpu" else "other"]
+    speed = SLOW_DEVICE["cpu" if model.device == "cpu" else "other"]
     if stage == "effects":
         per_row = length if experiment.positions == "all" else 1.0
-        sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
-        tokens = sites * experiment.samples * experiment.draws * per_row
+        tokens = _sites(experiment, size) * experiment.samples * experiment.draws * per_row
         seconds = tokens * size.layers * _layer(size, length) / speed + 30
     else:
         tokens = 2.0 * (experiment.samples + experiment.store) * length

@@ -9,7 +9,7 @@ if ours && [ -S "$directory/munge.socket" ]; then
     timeout 10 scancel --user root 2>/dev/null
     sleep 1
 fi
-for daemon in slurmd slurmctld munged; do
+for daemon in slurmd-node1 slurmd-node2 slurmctld munged; do
     if [ -s "$directory/$daemon.pid" ]; then
         kill "$(cat "$directory/$daemon.pid")" 2>/dev/null
     fi
