@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(workflow.current_basedir).parents[1] / "scripts"))
 from selfrepair.errors import InputError
 from selfrepair.jobs import lifeline
 from selfrepair.planning import console, figure_names, grid, runlock, startup, undeclared
+from selfrepair.planning.batch_jobs import BatchJobs
 from selfrepair.tools import check
 
 update_config(config, startup.parse_overrides(workflow.config_settings.config))
@@ -85,7 +86,7 @@ def batch_jobs():
     # `group-components: cells=N` of a profile asks for batch jobs of at most N cells each. Snakemake knows its options
     # after it has read this file.
     limit = workflow.group_settings.group_components.get("cells")
-    return PLAN.batch_jobs(limit) if limit else None
+    return BatchJobs(PLAN.config, limit) if limit else None
 
 
 def cell_of(wildcards):

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from selfrepair.planning import costs, grid, modelsize
 from selfrepair.planning.ablations import STD, activations_dataset, kind
-from selfrepair.planning.batch_jobs import BatchJobs
 from selfrepair.planning.config import Config, Experiment, Model
 from selfrepair.planning.digests import dataset_digest, model_digest, tokenizer_digest
 from selfrepair.planning.figure_names import FORMATS
@@ -351,10 +350,6 @@ class Plan:
     def memory_mb(self, wildcards: Wildcards, attempt: int) -> int:
         """Return the megabytes of main memory to request from a batch system."""
         return costs.memory_mb(self._model(wildcards), attempt, self._experiment(wildcards))
-
-    def batch_jobs(self, limit: int) -> BatchJobs:
-        """Return how cells share the batch jobs of a cluster, at most `limit` cells each."""
-        return BatchJobs(self.config, limit)
 
     def minutes(self, wildcards: Wildcards, attempt: int, stage: str) -> int:
         """Return the minutes to request from a batch system; those of a cell do not include loading the model."""
