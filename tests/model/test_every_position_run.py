@@ -173,3 +173,24 @@ def test_the_summary_uses_all_rows_whatever_is_kept(project):
     assert audit.filter((pl.col("ablation") == "replace-b") & (pl.col("component") == "attn"))[
         "rows"
     ].item() == len(rows)
+
+
+def test_later_heads_are_means_over_all_positions(project):
+    """They sum to the change of the attention in all rows, whatever share of the rows is kept."""
+    tables = {
+        name: pl.read_parquet(project / grid.summary_path(name, "tiny", "downstream"))
+        .with_columns(pl.col(pl.Categorical).cast(pl.String))
+        .filter(downstream_component="head")
+        for name in ("full", "top")
+    }
+    assert len(tables["full"]) == 2 * 5 * 2 * 4  # ablations, ablated sites, later layers and their heads
+    assert tables["full"].drop("experiment").equals(tables["top"].drop("experiment"))
+    rows = cell(project, "full", "replace-b").filter(component="head", head=2)
+    changes = np.stack(rows["downstream_attn"].to_list()).mean(0)
+    own = tables["full"].filter(ablation="replace-b", component="head", head=2)
+    sums = own.group_by("downstream_layer", maintain_order=True).agg(pl.col("mean_change").sum())
+    np.testing.assert_allclose(sums["mean_change"], changes[2:], atol=1e-5)
+    assert np.abs(changes[2:]).min() > 1e-3
+    for name in tables:
+        audit = pl.read_parquet(project / grid.summary_path(name, "tiny", "audit"))
+        assert audit["heads_error"].null_count() == 0 and audit["heads_error"].max() < 1e-5
