@@ -22,6 +22,7 @@ from selfrepair.models.loading import load, wrap
 from selfrepair.models.placement import move_to_devices
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.spreading import loads, spread
+from selfrepair.tools import verify
 
 
 def model():
@@ -147,6 +148,13 @@ def test_weights_are_loaded_onto_several_devices(tmp_path):
         assert provenance.facts_of(loaded)["device"] == "meta cpu"
         found = effects_of(loaded)
     np.testing.assert_allclose(found, expected, atol=1e-5)  # not the same attention kernels
+
+
+def test_rows_are_verified_on_as_many_devices_as_they_were_computed_on(monkeypatch):
+    monkeypatch.setattr(verify, "pick_devices", lambda wanted, count: (wanted, count))
+    row = verify.Chosen(None, {}, {"device": "cuda:0 cuda:1"})
+    assert verify._devices("auto", row) == ("auto", 2)
+    assert verify._devices("cpu", row) == ("cpu", 1)
 
 
 def test_a_model_that_cannot_be_spread_is_refused(monkeypatch):

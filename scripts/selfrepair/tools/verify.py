@@ -22,7 +22,7 @@ from selfrepair.effects import reference
 from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, LOGIT, PROFILE, names
 from selfrepair.effects.selftest import TOLERANCE
 from selfrepair.errors import InputError
-from selfrepair.models.device import pick_device
+from selfrepair.models.device import pick_devices
 from selfrepair.models.loading import LoadedModel, load
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning import grid
@@ -199,6 +199,11 @@ def _prompts(base: Path, dataset: str, loaded: LoadedModel) -> rederive.Prompts:
     return rederive.read_prompts(table.to_pylist(), loaded.device)
 
 
+def _devices(device: str, one: Chosen) -> list[torch.device]:
+    """Return the devices for the model of a row: with `auto` as many as it was computed on."""
+    return pick_devices(device, len(one.facts["device"].split()) if device == "auto" else 1)
+
+
 def verify(paths: Sequence[Path], rows: int, seed: int, device: str) -> list[Difference]:
     """Compare `rows` random rows of the cells below `paths`; print the result for each model."""
     groups: dict[tuple[Path, str], list[Chosen]] = defaultdict(list)
@@ -210,7 +215,7 @@ def verify(paths: Sequence[Path], rows: int, seed: int, device: str) -> list[Dif
         spec = ModelSpec(**chosen[0].facts["config"]["model_spec"])
         if loaded is None or loaded.spec != spec:
             loaded = None  # before the next one takes its memory
-            loaded = load(spec, pick_device(device))
+            loaded = load(spec, _devices(device, chosen[0]))
         for one in chosen:
             weights = one.facts["model_weights"]["weights_sha256"]
             if weights != loaded.weights_sha256:
