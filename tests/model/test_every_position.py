@@ -164,6 +164,13 @@ def test_the_self_test_compares_random_positions_and_refuses_a_wrong_path(loaded
         selftest.choose(loaded, list(IDS), "all", "every")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_precisions_are_measured_and_the_floor_covers_the_compared_positions(dtype):
+    loaded = wrap(tiny_models.build("llama", dtype))
+    choice = selftest.choose(loaded, list(IDS), "all", "every")
+    assert choice.path == "replay" and 0 < choice.error <= choice.tolerance < 1.0
+
+
 def _without_middle(correct):
     """An engine that is right at the last position and wrong at all others."""
 

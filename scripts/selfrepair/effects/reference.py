@@ -121,6 +121,7 @@ def effects(
     clean: ForwardPass | None = None,
     foil: int | None = None,
     position: int | None = None,  # that is read, from 0; None: the last one
+    ablated: ForwardPass | None = None,  # the pass with the replacement, if it is known
 ) -> Effects:
     """Return all effects and outcomes of one ablation of one prompt at one position, from two full forward passes.
 
@@ -131,7 +132,9 @@ def effects(
     before = (
         clean if clean is not None and at_read in clean.read else forward(loaded, input_ids, read=[at_read])
     )
-    after = forward(loaded, input_ids, (site, value), read=[at_read])
+    known = ablated is not None and at_read in ablated.read
+    after = ablated if known else forward(loaded, input_ids, (site, value), read=[at_read])
+    assert after is not None
     norm = loaded.readout.norm
     head = loaded.model.get_submodule(loaded.adapter.head_path)
     assert isinstance(head.weight, Tensor)
@@ -206,6 +209,31 @@ def effects(
         **_outcomes(loaded, before.read[at_read], after.read[at_read], target, foil),
     }
     return Effects(**{name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
+
+
+def effects_on_argmax(
+    loaded: LoadedModel,
+    input_ids: Tensor,  # (T,)
+    site: Site,
+    value: Tensor,
+    clean: ForwardPass,  # with the logits of `positions`
+    positions: Sequence[int],
+) -> list[Effects]:
+    """Return the effects of one ablation on the clean argmax of each of several positions, from one ablated pass."""
+    ablated = forward(loaded, input_ids, (site, value), read=positions)
+    return [
+        effects(
+            loaded,
+            input_ids,
+            site,
+            value,
+            int(clean.read[position].argmax()),
+            clean,
+            position=position,
+            ablated=ablated,
+        )
+        for position in positions
+    ]
 
 
 def _outcomes(

@@ -154,12 +154,7 @@ class _Expected:
                 value = (noise * _noise_size(before, site)).to(own.dtype)
                 # Two rows, so that a path that mixes rows up fails: the second replaces the contribution by itself.
                 values.append(torch.stack([value, own[-kept:]]))
-                expected = [
-                    reference.effects(
-                        loaded, ids, site, value, int(before.read[at].argmax()), before, position=at
-                    )
-                    for at in compared
-                ]
+                expected = reference.effects_on_argmax(loaded, ids, site, value, before, compared)
                 rows += [*expected, *map(_unchanged, expected)]
             self.cases.append((site, values, rows))
         self.prompts, self.clean = prompts, clean
@@ -176,13 +171,15 @@ class _Expected:
         """Return the largest effect, in logits, of moving a contribution by one unit in its last place."""
         floor = 0.0
         for site, _, _ in self.cases:
-            for ids, before, target in zip(self.prompts, clean, self.targets, strict=True):
+            for ids, before, compared in zip(self.prompts, clean, self.compared, strict=True):
                 own = before.contributions[site]
                 own = own if self.positions == "all" else own[-1:]
                 steps = torch.randint(-1, 2, own.shape, generator=generator).to(own.device)
                 value = moved_by_rounding(own, steps)
-                row = reference.effects(self.loaded, ids, site, value, target, before)
-                floor = max(floor, *(float(getattr(row, name).abs().max()) for name in _CHANGES))
+                rows = reference.effects_on_argmax(self.loaded, ids, site, value, before, compared)
+                floor = max(
+                    floor, *(float(getattr(row, name).abs().max()) for row in rows for name in _CHANGES)
+                )
         return floor
 
     def _compared(self, length: int, generator: torch.Generator) -> list[int]:
