@@ -80,8 +80,11 @@ def ablation(kind: str, loaded, positions: str, length: int, rows: int):
     return Gaussian(key, moments, moments) if kind == "gaussian" else Random(key, moments)
 
 
-def cell(loaded, kind, positions, path, *, count=5, length=8, rows=64, tokens=1000, n_draws=N_DRAWS):
-    found = CleanRuns(loaded, prompts(count, length, positions), positions, path == "rows", tokens, 1 << 33)
+def cell(
+    loaded, kind, positions, path, *, count=5, length=8, rows=64, tokens=1000, n_draws=N_DRAWS, read="last"
+):
+    some = prompts(count, length, positions)
+    found = CleanRuns(loaded, some, positions, path == "rows", tokens, 1 << 33, read=read)
     columns = measure.measure(
         loaded,
         found,
@@ -90,7 +93,7 @@ def cell(loaded, kind, positions, path, *, count=5, length=8, rows=64, tokens=10
             SITES, n_draws if kind not in ("zero", "self", "mean") else 1, positions, path, rows
         ),
     )
-    order = np.lexsort((columns["draw"], columns["prompt"], columns["site"]))
+    order = np.lexsort((columns["position"], columns["draw"], columns["prompt"], columns["site"]))
     return {name: values[order] for name, values in columns.items()}
 
 
@@ -112,6 +115,17 @@ def tiny():
 def test_every_ablation_as_on_the_cpu(tiny, kind, positions, path):
     for dtype, bound in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
         one, other = (cell(tiny[device, dtype], kind, positions, path) for device in ("cpu", "cuda"))
+        for name, values in one.items():
+            np.testing.assert_allclose(other[name], values, atol=bound, err_msg=f"{name} {dtype}")
+
+
+@pytest.mark.parametrize("path", ["replay", "full"])
+def test_every_position_as_on_the_cpu(tiny, path):
+    for dtype, bound in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
+        one, other = (
+            cell(tiny[device, dtype], "replace-s", "all", path, read="every") for device in ("cpu", "cuda")
+        )
+        assert len(set(one["position"].tolist())) == 8
         for name, values in one.items():
             np.testing.assert_allclose(other[name], values, atol=bound, err_msg=f"{name} {dtype}")
 
