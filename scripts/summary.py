@@ -7,7 +7,8 @@ submit(
     Job(
         stage="summary",
         input={
-            name: list(snakemake.input[name]) for name in ("cells", "clean", "downstream_heads", "selections")
+            name: list(snakemake.input[name])
+            for name in ("cells", "clean", "tokens", "downstream_heads", "selections")
         },
         output=dict(snakemake.output.items()),
         params=snakemake.params.spec,

@@ -39,6 +39,9 @@ NO_REPLACEMENT = ("zero", "mean", "random", "gaussian", "noise", "self")
 SELF_NOISE = 2e-6  # rms of what a contribution replaced by itself changes, in logits
 
 
+BAD_ROWS = 3  # of every data file
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to write. `answers`: the data sets that name a true answer, hence have `correct`."""
@@ -114,6 +117,7 @@ class Run:
                 "cells": [str(path) for path in self.cells],
                 "downstream_heads": [str(path) for path in self.later_heads],
                 "clean": [str(path) for path in self.clean],
+                "tokens": [str(path) for path in self.tokens],
             },
             "output": {
                 "numerics": str(self.base / "numerics.parquet"),
@@ -223,7 +227,8 @@ def _write_tokens(run: Run, source: str, prompts: NDArray[np.int32], store: NDAr
         "answer_ids": [[p % 1000] if source in plan.answers else None for p in ids],
         "foil_ids": [None] * len(ids),
     }
-    tables.write(path, columns, schemas.TOKENS, _metadata(plan))
+    counts = {"records": len(ids) + BAD_ROWS, "bad_rows": BAD_ROWS}
+    tables.write(path, columns, schemas.TOKENS, _metadata(plan) | {"dataset": source, "counts": counts})
     run.tokens.append(path)
 
 

@@ -1,5 +1,6 @@
 """The report: self-contained, safe with hostile texts, and every number of its sentences is in the tables."""
 
+import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -17,7 +18,10 @@ from selfrepair.analysis.classes import NOT_REPAIRABLE, READINGS
 from selfrepair.errors import DamagedFileError
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import figures, report, summary
-from selfrepair.report import head_pairs, page, report_tables, sentences
+from selfrepair.planning.config_loading import load_file
+from selfrepair.planning.costs import costs
+from selfrepair.planning.duration import duration
+from selfrepair.report import explorer, head_pairs, page, planned, report_tables, sentences
 from selfrepair.report.figures.wording import number
 from selfrepair.report.results import Results, read
 from selfrepair.storage import tables
@@ -409,3 +413,86 @@ def test_the_note_on_reading_every_position_names_their_number_and_target() -> N
     first, second = sentences.positions({**config, "target": "next"})
     assert "reach later positions" in first and "read at 127 positions" in second and "next token" in second
     assert "read at 128 positions" in sentences.positions({**config, "target": "argmax"})[1]
+
+
+# Planned against actual, skipped rows, the table of prompts
+
+
+def test_skipped_rows_are_stated(evil: tuple[Page, Job, synthetic.Run]) -> None:
+    shown, job, _ = evil
+    numerics = results_of(job).numerics
+    assert numerics["bad_rows"].to_list() == [synthetic.BAD_ROWS] * 2
+    for row in numerics.iter_rows(named=True):
+        expected = f"{row['bad_rows']} of {row['records']} rows of {row['dataset']} were skipped"
+        assert expected in shown.words()
+
+
+def test_spans_that_overlap_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4.0
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("a", {"starttime": 10.0, "endtime": 12.5}), ("b", {"starttime": None}), ("c", [])):
+        path = Path("results/e/m/effects", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"12345")
+        record = base64.urlsafe_b64encode(str(path).encode()).decode()
+        Path(".snakemake/metadata").mkdir(parents=True, exist_ok=True)
+        Path(".snakemake/metadata", record).write_text(json.dumps(content))
+    times, disk = planned.planned_and_actual("results/e/m", {}, {}, "cpu")
+    assert [[cell.text for cell in row] for row in times.rows[1:]] == [
+        ["cells", "–", "2.5 s"],
+        ["summary and figures", "–", "–"],
+        ["together", "–", "2.5 s"],
+    ]
+    assert [cell.key for cell in disk.rows[0]] == ["cells", None, 15.0]
+
+
+def test_the_plan_is_that_of_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report reconstructs experiment and model from its parameters: costs are those of the configuration's."""
+    config = load_file(Path("config.yaml"))
+    experiment, model = config.experiments["facts"], config.models["demo"]
+    params = {
+        "experiment": "facts",
+        "model": "demo",
+        "experiment_config": experiment.settings,
+        "model_spec": model.spec,
+    }
+    monkeypatch.setattr(planned, "speed", lambda width: 1e11)
+    times, disk = planned.planned_and_actual("results/none", params, {"facts": 12.0}, "cpu")
+    cost = costs(experiment, model, {"facts": 12.0})
+    expected = duration(cost, experiment, model, {"facts": 12.0}, 1e11)
+    assert times.rows[-1][1].key == pytest.approx(expected.seconds)
+    assert times.rows[1][1].key == pytest.approx(expected.engine + expected.around)
+    assert disk.rows[-1][1].key == pytest.approx(sum(cost.disk.values()))
+    on_gpu, disk = planned.planned_and_actual("results/none", params, {"facts": 12.0}, "cuda")
+    assert on_gpu.rows[-1][1].text == "–" and disk.rows[-1][1].key is not None
+
+
+def test_the_drop_of_every_ablation_is_the_largest(evil: tuple[Page, Job, synthetic.Run]) -> None:
+    shown, _, run = evil
+    data = next(json.loads(body) for attrs, body in shown.scripts if attrs.get("id") == "explorer-data")
+    prompt = next(one for one in data["prompts"] if one["source"] == "facts")
+    assert len(prompt["drops"]) == len(data["every"]) == len(set(data["every"])) > 2
+    for ablation, (drop, place) in zip(data["every"], prompt["drops"], strict=True):
+        best = (-np.inf, None)
+        for layer in range(run.plan.layers):
+            cell = pl.read_parquet(run.cell("facts", ablation, layer)).filter(
+                pl.col("prompt") == prompt["prompt"]
+            )
+            for component, rows in cell.group_by("component"):
+                mean = -float(rows["delta_ablate"].cast(pl.Float64).mean())  # type: ignore[arg-type]
+                best = max(best, (mean, [layer, *component]))
+        assert drop == pytest.approx(best[0], rel=1e-2) and data["sites"][place] == best[1]
+
+
+def test_token_boundaries_are_those_of_the_stored_tokens() -> None:
+    tokenizer = explorer.tokenizer_of(Path("workflow/demo/model"))
+    assert tokenizer is not None
+    text = "Marie Curie speaks 法语 in Paris"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    places = explorer.ends(tokenizer, text, [0, *ids])
+    assert places is not None and places[-1] == len(text) and places == sorted(places)
+    assert explorer.ends(tokenizer, text, ids[:3]) == places[:3]  # cut by `length`
+    assert explorer.ends(tokenizer, text, [0, *ids[:2], ids[2] + 1, *ids[3:], 5]) is None
+    assert (
+        explorer.tokenizer_of(Path("workflow/demo/data")) is None and explorer.ends(None, text, ids) is None
+    )

@@ -381,6 +381,8 @@ def test_numerics_are_what_loops_over_the_rows_give(run, summary):
             row,
             {
                 "prompts": 9,
+                "records": pq.read_metadata(run.base / f"tokens/{source}.parquet").num_rows + 3,
+                "bad_rows": 3,
                 "rows": 4 * 2 * 9 * (1 + 3 + 3 + 3 + 1),
                 "closure_error_max": max(r["closure_error"] for r in clean),
                 "readout_error_max": max(r["readout_error"] for r in clean),

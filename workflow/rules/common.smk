@@ -44,16 +44,18 @@ def runtime(wildcards, resources):
 
 
 def captioned(path):
-    """For `snakemake --report`: the interactive figures and the reports."""
+    """For `snakemake --report`: the interactive figures, the reports and the comparisons of models."""
     name = Path(path).stem
     if not path.endswith(".html"):
         return path
     title = "report" if name == "report" else figure_names.entry(name).title
+    compares = "{model}" not in path
+    kind = "crossmodel" if compares else "report" if name == "report" else "figure"
     return report(
         path,
-        caption=f"../report/{'report' if name == 'report' else 'figure'}.rst",
+        caption=f"../report/{kind}.rst",
         category="{experiment}",
-        subcategory="{model}",
+        subcategory="all models" if compares else "{model}",
         labels={"figure": name, "shows": title},
     )
 

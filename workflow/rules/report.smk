@@ -22,7 +22,7 @@ rule crossmodel:
         verdicts=PLAN.verdicts_of,
         numerics=PLAN.numerics_of,
     output:
-        report=grid.crossmodel_report_path("{experiment}"),
+        report=captioned(grid.crossmodel_report_path("{experiment}")),
     log:
         f"{grid.RESULTS}/{{experiment}}/logs/crossmodel.log",
     conda:

@@ -20,6 +20,7 @@ rule summary:
         downstream_heads=PLAN.downstream_heads_of,
         selections=PLAN.selections_of,
         clean=PLAN.clean_of,
+        tokens=PLAN.tokens_of,
     output:
         **grid.summary_paths("{experiment}", "{model}"),
         numerics=grid.numerics_path("{experiment}", "{model}"),

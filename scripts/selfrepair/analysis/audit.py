@@ -62,6 +62,8 @@ NUMERICS = pa.schema(
         ("model", NAME),
         ("dataset", NAME),
         ("prompts", pa.int32()),
+        ("records", pa.int64()),  # rows of the data file that were read
+        ("bad_rows", pa.int64()),  # of these, rows that `on_bad_row: skip` left out
         ("rows", pa.int64()),  # effects rows checked, the control's among them
         ("closure_error_max", pa.float64()),  # |z^L - z^0 - sum of contributions| / |z^L|
         ("readout_error_max", pa.float64()),  # logits

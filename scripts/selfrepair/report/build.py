@@ -1,13 +1,17 @@
 """The report of one experiment and model: four answers first, then one section per question."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from selfrepair.analysis import thresholds
 from selfrepair.analysis.classes import CLASSES
 from selfrepair.planning import figure_names
-from selfrepair.report import explorer, head_pairs, report_tables, sentences, templating
+from selfrepair.report import explorer, head_pairs, planned, report_tables, sentences, templating
 from selfrepair.report.figures import embedding
 from selfrepair.report.figures.frames import table
 from selfrepair.report.figures.wording import number
@@ -41,7 +45,9 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
     scatter = drawn["scatter-by-layer"]
     of_heads = table(drawn["heads-prompts"]["parquet"]) if "heads-prompts" in drawn else None
     config = params.get("experiment_config", {})
-    groups = report_tables.facts(params, _measured(tables.read_metadata(inputs["clean"][0])))
+    tokenizer = explorer.tokenizer_of(Path(params.get("model_spec", {}).get("path", "")))
+    measured = tables.read_metadata(inputs["clean"][0])
+    groups = report_tables.facts(params, _measured(measured))
     return templating.render(
         "report.html.j2",
         bundle=embedding.bundle_of(scatter["html"]),
@@ -54,8 +60,13 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
         overview=report_tables.overview(results),
         sections=_sections(results, heads),
         facts=[(heading, settings(values)) for heading, values in groups],
+        resources=planned.planned_and_actual(
+            os.path.dirname(page), params, _lengths(results), str(measured.get("device"))
+        ),
         data_table=report_tables.datasets(results, inputs["tokens"]),
-        explorer=script(explorer.payload(results, table(scatter["parquet"]), of_heads, inputs["tokens"])),
+        explorer=script(
+            explorer.payload(results, table(scatter["parquet"]), of_heads, inputs["tokens"], tokenizer)
+        ),
         layers=sorted(results.verdicts["layer"].unique()),
         ablations=results.ablations,
         sources=results.sources,
@@ -64,6 +75,12 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
         classes=CLASSES,
         files=_files(inputs, page),
     )
+
+
+def _lengths(results: Results) -> dict[str, float]:
+    """Return the mean tokens per prompt of each data set."""
+    means = results.clean.group_by("source", maintain_order=True).agg(pl.col("n_tokens").mean())
+    return dict(means.iter_rows())
 
 
 def _sections(results: Results, heads: Results | None) -> list[Section]:
@@ -95,7 +112,11 @@ def _sections(results: Results, heads: Results | None) -> list[Section]:
         Section(
             "trust",
             "Can the numbers be trusted?",
-            [*sentences.trust(results), *sentences.ablation_warnings(results)],
+            [
+                *sentences.trust(results),
+                *sentences.skipped_rows(results),
+                *sentences.ablation_warnings(results),
+            ],
             [report_tables.audit(results.numerics)],
             [report_tables.replacements(results)],
         ),

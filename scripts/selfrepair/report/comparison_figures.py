@@ -16,6 +16,7 @@ from selfrepair.report.figures.wording import plural
 CLIP = 2.0  # the restoration axis stops here: ratios grow without bound where the loss is small
 SIDE_BY_SIDE = 4  # models that still fit next to each other
 KEYS = ["model", "source", "ablation", "layer", "depth", "component", "prompts"]
+Choices = tuple[list[Any], str]  # controls, and what they are set to at first
 
 
 def points(table: pl.DataFrame) -> pl.DataFrame:
@@ -37,9 +38,8 @@ def points(table: pl.DataFrame) -> pl.DataFrame:
 
 def restoration(table: pl.DataFrame) -> Figure:
     """Return restoration by layer with intervals and classes: a column of panels per model, a row per component."""
-    rows = points(table)
-    models, components = names(rows, "model"), drawn_components(rows)
-    picked = choices(rows)
+    rows, models, picked = _prepared(table)
+    components = drawn_components(rows)
     classes = [name for name in CLASSES if name in set(rows["class"])]
 
     def panel(model: str, component: str) -> Any:
@@ -84,9 +84,7 @@ def restoration(table: pl.DataFrame) -> Figure:
 
 def depth(table: pl.DataFrame) -> Figure:
     """Return restoration of every model against relative depth: a strip of cells per model."""
-    rows = points(table)
-    models = names(rows, "model")
-    picked = choices(rows)
+    rows, models, picked = _prepared(table)
     scale = alt.Scale(domain=[-1, 0, 1], range=list(theme.DIVERGING), clamp=True)
 
     def panel(component: str) -> Any:
@@ -123,12 +121,10 @@ def depth(table: pl.DataFrame) -> Figure:
 
 def classes(table: pl.DataFrame) -> Figure:
     """Return how many contributions of every model have each class."""
-    rows = points(table)
-    models = names(rows, "model")
+    rows, models, picked = _prepared(table)
     counted = rows.group_by("model", "source", "ablation", "reading", "class", maintain_order=True).len(
         "count"
     )
-    picked = choices(rows)
     chart = (
         alt.Chart(named("points", counted))
         .transform_filter(_PICKED)
@@ -209,6 +205,12 @@ def size(table: pl.DataFrame, models: Mapping[str, Mapping[str, Any]]) -> Figure
     )
 
 
+def _prepared(table: pl.DataFrame) -> tuple[pl.DataFrame, list[str], Choices]:
+    """Return the points of the verdicts, the models in their order, and the reader's choices."""
+    rows = points(table)
+    return rows, names(rows, "model"), choices(rows)
+
+
 def most_prompts(rows: pl.DataFrame) -> int:
     """Return the largest number of prompts behind any row."""
     return max(rows["prompts"].to_list())
@@ -224,7 +226,6 @@ def default(rows: pl.DataFrame, source: str) -> str:
     return default_ablation(order_ablations(names(rows, "ablation"), [source]), source)
 
 
-Choices = tuple[list[Any], str]  # controls, and what they are set to at first
 _PICKED = controls.is_picked("source", "ablation", "reading")
 _FACTS: dict[str, Any] = {"parameters": pl.Float64, "architecture": pl.String, "norm": pl.String}
 

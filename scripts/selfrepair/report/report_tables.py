@@ -199,6 +199,8 @@ def audit(numerics: pl.DataFrame) -> Table:
         "signal_to_noise": "effects / floor",
         "dtype": "dtype",
         "device": "device",
+        "records": "records read",
+        "bad_rows": "bad rows skipped",
         "path_last_or_all": "engine path",
         "selftest_error": "self-test error",
         "contributions_warned": "contributions with a warning",

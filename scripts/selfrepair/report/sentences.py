@@ -289,6 +289,16 @@ def ablation_warnings(results: Results) -> list[str]:
     return [f"{row['dataset']}: {row['ablation_warning']}" for row in rows]
 
 
+def skipped_rows(results: Results) -> list[str]:
+    """Return a sentence for every data set with rows that were left out because they could not be read."""
+    rows = results.numerics.filter(pl.col("bad_rows") > 0)
+    return [
+        f"{row['bad_rows']:,} of {row['records']:,} rows of {row['dataset']} were skipped because they are damaged or "
+        "incomplete (on_bad_row: skip)."
+        for row in rows.iter_rows(named=True)
+    ]
+
+
 def trust(results: Results) -> list[str]:
     """Return one sentence on the audit."""
     table = results.numerics

@@ -34,9 +34,8 @@ log = logging.getLogger("selfrepair")
 def run(job: Job, session: object) -> None:
     """Write `numerics` and every table of grid.SUMMARY_TABLES.
 
-    Inputs: `cells` (with `read: every` the averages over positions), `clean`, with `read: every` `selections` and, if
-    heads are ablated, `downstream_heads` (lists of paths, the last in the order of
-    the cells).
+    Inputs: `cells` (with `read: every` the averages over positions), `clean`, `tokens`, with `read: every`
+    `selections` and, if heads are ablated, `downstream_heads` (lists of paths, the last in the order of the cells).
 
     Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError if a file's contents are not what was
     written, and InputError for cells that are missing, not finite, or of another experiment, model or clean table.
@@ -47,6 +46,11 @@ def run(job: Job, session: object) -> None:
         if source.name in sources:
             raise foreign(path, f"holds source {source.name!r}, and so does {sources[source.name].path}")
         sources[source.name] = source
+
+    for path in job.input.get("tokens", ()):
+        facts = tables.read_metadata(path)
+        if (name := facts.get("dataset")) in sources:
+            sources[name].counts = facts.get("counts") or {}
 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("layers", "estimates", "audit")}
     downstream: list[pa.Table] = []
@@ -124,6 +128,7 @@ def _numerics(
     """Return the row of numerics.parquet of one data set, and log it."""
     own, own_compared = ([row for row in table if row["source"] == source.name] for table in (rows, compared))
     row = audit.numerics_row(own, own_compared, source.clean, source.facts)
+    row |= {name: source.counts.get(name) for name in ("records", "bad_rows")}
     warnings = [*([row["warning"]] if row["warning"] else []), *source.conditions.warnings()]
     row["warning"] = "; ".join(warnings) or None
     for warning in (row["warning"], row["ablation_warning"]):
@@ -160,6 +165,7 @@ class _Source:
         self.bootstrap = self.subsets["all"][1]
         self.totals = AblationTotals()
         self.conditions = Conditions()
+        self.counts: dict[str, int] = {}  # of the data file's rows, as the tokens table records them
         self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path
         self.ablated: dict[int, tuple[tuple[str, int | None], ...]] = {}  # layer -> components and heads
 

@@ -9,6 +9,7 @@ import polars as pl
 from selfrepair.analysis.classes import NOTHING_DOWNSTREAM
 from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.errors import DamagedFileError
+from selfrepair.planning.ablations import ABLATIONS, kind
 from selfrepair.planning.sites import COMPONENTS
 from selfrepair.storage import tables
 from selfrepair.storage.damage import removal
@@ -158,9 +159,15 @@ def default_ablation(ablations: Sequence[str], source: str) -> str:
 
 
 def order_ablations(names: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
-    """Return replacements in the order of the sources, then the rest as they come."""
+    """Return replacements in the order of the sources, then the rest in the order of the table of ablations.
+
+    The order of `names` does not count, so that controls and figures list ablations alike.
+    """
     replacements = [f"replace-{source}" for source in sources if f"replace-{source}" in names]
-    return (*replacements, *(name for name in names if name not in replacements))
+    rest = sorted(
+        set(names) - set(replacements), key=lambda name: (list(ABLATIONS).index(kind(name).name), name)
+    )
+    return (*replacements, *rest)
 
 
 def table(path: str | Path) -> pl.DataFrame:

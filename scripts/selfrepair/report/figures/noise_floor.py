@@ -64,10 +64,14 @@ def build(frames: Frames) -> dict[str, Any]:
     return {
         "caption": (
             "Root mean square over prompts and draws of the change of the target's logit, for every ablation and for "
-            "the control that replaces a contribution by itself; logarithmic axis, no interval."
+            "the control `self`, which replaces a contribution by itself. The axis is logarithmic. The figure has no "
+            "intervals."
             f"{zeros} {wording.sizes(frames)}."
         ),
-        "reading": "Effects near the grey line cannot be separated from rounding.",
+        "reading": (
+            "The grey line is the noise floor: the effect of rounding alone. Effects near it cannot be separated from "
+            "rounding."
+        ),
         "alt": "Line plots on a logarithmic axis of the rms effect per layer and of the noise floor.",
         "shows": wording.shows(frames, ablation=False),
         "data": frames.size,

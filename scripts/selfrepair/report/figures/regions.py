@@ -37,14 +37,20 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
         .transform_calculate(
             label="datum.place.on ? datum.place.t : ''", tx="datum.place.x", ty="datum.place.y"
         )
-        .mark_text(align="right", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
-        .encode(x=alt.X("tx:Q"), y=alt.Y("ty:Q"), text=alt.Text("label:N"))
     )
-    against = (
-        span.transform_calculate(
-            label=f"datum.x0 < -3 * datum.gap ? 'suppressor: {LESS}' : ''", tx="datum.lo", ty="datum.lo * 0.3"
+    against = span.transform_calculate(
+        label=f"datum.x0 < -3 * datum.gap ? 'suppressor: {LESS}' : ''", tx="datum.lo", ty="datum.lo * 0.3"
+    )
+    return [diagonal, *axes, *_written(names, "right", size), *_written(against, "left", size)]
+
+
+def _written(base: Any, align: str, size: int) -> list[Any]:
+    """Return the names on a rim of the page's ground, so that the lines behind them do not cross the letters."""
+    rim = {"stroke": theme.GROUND, "strokeWidth": 4, "strokeJoin": "round"}
+    place = {"x": alt.X("tx:Q"), "y": alt.Y("ty:Q"), "text": alt.Text("label:N")}
+    return [
+        base.mark_text(align=align, fontStyle="italic", fontSize=size, color=theme.INK, **more).encode(
+            **place
         )
-        .mark_text(align="left", fontStyle="italic", fontSize=size, color=theme.INK, opacity=0.75)
-        .encode(x=alt.X("tx:Q"), y=alt.Y("ty:Q"), text=alt.Text("label:N"))
-    )
-    return [diagonal, *axes, names, against]
+        for more in (rim, {"fillOpacity": 0.75})
+    ]

@@ -11,6 +11,7 @@ from selfrepair.planning.sites import ATTN, MLP
 # `currentColor` is the text colour of the page around the figure, so that light and dark pages both work.
 INK = "currentColor"
 PAPER_INK = "#222222"
+GROUND = "Canvas"  # the ground of the page around the figure
 MUTED = "#8a8a8a"
 
 # Okabe and Ito's palette without black and yellow, which vanish on one background or the other.
@@ -109,7 +110,9 @@ def config() -> dict[str, Any]:
 def on_paper(spec: dict[str, Any]) -> dict[str, Any]:
     """The specification for a file that stands alone: white ground, dark ink."""
     data = spec.pop("datasets", {})
-    spec = json.loads(json.dumps(spec).replace(f'"{INK}"', f'"{PAPER_INK}"'))
+    spec = json.loads(
+        json.dumps(spec).replace(f'"{INK}"', f'"{PAPER_INK}"').replace(f'"{GROUND}"', '"white"')
+    )
     spec["config"] = {**spec.get("config", {}), "background": "white"}
     return {**spec, "datasets": data, "padding": 12}
 

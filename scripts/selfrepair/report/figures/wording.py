@@ -74,7 +74,8 @@ def sampled(shown: Mapping[str, int], frames: Frames) -> str:
     """Return how many prompts are drawn; nothing if all are."""
     if all(shown[source] == frames.n_prompts(source) for source in frames.sources):
         return ""
-    return f" Points show {max(shown.values())} prompts per source; the data file has all."
+    counts = {f"{shown[source]} of {frames.n_prompts(source)}" for source in frames.sources}
+    return f" Points show {listing(sorted(counts))} prompts per source, evenly spaced; the data file has all."
 
 
 def shows(frames: Frames, *, ablation: bool = True, layer: int | None = None) -> str:

@@ -41,12 +41,14 @@ function narrow(spec) {
   return { ...changed, datasets: spec.datasets };
 }
 
-// A picture that is wider than its column shrinks, but not below readable text; then it scrolls.
+// A picture grows with its column by at most a quarter. If it is wider it shrinks, but not below readable text; then it
+// scrolls.
 function fitWidth(live) {
   const svg = live.querySelector("svg");
   if (!svg) return;
   const width = Number(svg.getAttribute("width"));
   svg.style.maxWidth = "100%";
+  svg.style.width = 1.25 * width + "px";
   svg.style.height = "auto";
   svg.style.minWidth = Math.min(width, 300) + "px";
 }

@@ -1,6 +1,7 @@
 // ---- state: the page's controls, kept in the URL fragment as #section&name=value ------------------------
 const pageControls = document.getElementById("page-controls");
 const views = new Map(); // figure name -> Vega view
+const own = new Map(); // "figure.control" -> value, where a figure differs from the page's controls or its first choice
 
 function readFragment() {
   const [anchor, ...pairs] = location.hash.slice(1).split("&");
@@ -21,6 +22,7 @@ function writeFragment(anchor) {
     const isDefault = select && select.options ? select.selectedIndex === 0 : text === "";
     if (!isDefault) pairs.push(name + "=" + encodeURIComponent(text));
   }
+  for (const [name, value] of own) pairs.push(name + "=" + encodeURIComponent(value));
   const shown = document.querySelector("#explorer tr[aria-selected=true]");
   if (shown) pairs.push("prompt=" + encodeURIComponent(shown.dataset.prompt));
   history.replaceState(null, "", "#" + [anchor ?? readFragment().anchor, ...pairs].join("&"));
@@ -32,9 +34,27 @@ function applyState(view, state, skip) {
   }
   return view.runAsync();
 }
+// Applies a figure's own choices of the fragment, and records further ones.
+function followOwn(name, view, spec) {
+  for (const param of spec.params.filter((one) => one.bind && one.bind !== "legend")) {
+    const key = `${name}.${param.name}`;
+    const initial = () => (pageControls && pageState()[param.name]) ?? param.value;
+    if (own.has(key)) {
+      const text = own.get(key), now = view.signal(param.name);
+      view.signal(param.name, typeof now === "number" ? Number(text) : typeof now === "boolean" ? text === "true" : text);
+    }
+    view.addSignalListener(param.name, (_, value) => {
+      if (value === initial()) own.delete(key);
+      else own.set(key, String(value));
+      writeFragment();
+    });
+  }
+  return view.runAsync();
+}
 if (pageControls) {
   const { state } = readFragment();
   for (const [name, value] of state) {
+    if (name.includes(".")) own.set(name, value);
     const element = pageControls.elements[name];
     if (!element) continue;
     if (name === "left_out") {
@@ -69,12 +89,14 @@ function draw(element) {
     element.classList.add("drawn");
     views.set(element.dataset.figure, result.view);
     if (pageControls) applyState(result.view, pageState());
+    followOwn(element.dataset.figure, result.view, payload.spec);
     result.view.addEventListener("click", (event, item) => {
       const datum = item && item.datum;
       if (datum && datum.key && String(datum.key).includes(":")) showPrompt(datum.key, true);
     });
     element.querySelectorAll("[data-export]").forEach((button) => button.addEventListener("click", () => {
-      exportFigure(button.dataset.export, element.dataset.figure, result.view, payload);
+      if (button.dataset.export === "pdf") printFigure(element.dataset.figure, element);
+      else exportFigure(button.dataset.export, element.dataset.figure, result.view, payload);
     }));
   });
 }
@@ -103,10 +125,33 @@ function exportFigure(kind, name, view, payload) {
       if (key !== "texts" && typeof text === "string") save(`${name}-${key}.csv`, text, "text/csv");
     }
   } else if (kind === "svg") {
-    view.toSVG().then((text) => save(`${name}.svg`, text.replaceAll("currentColor", "#222"), "image/svg+xml"));
+    view.toSVG().then((text) => save(`${name}.svg`, text.replaceAll("currentColor", "#222").replaceAll("Canvas", "#fff"), "image/svg+xml"));
   } else {
     view.toImageURL("png", 2).then((address) => save(`${name}.png`, address));
   }
+}
+
+// PDF: the browser prints this figure as it is shown, on a page of its size.
+function printFigure(name, figure) {
+  const drawing = figure.querySelector(".live svg").cloneNode(true);
+  const [width, height] = ["width", "height"].map((side) => Math.ceil(Number(drawing.getAttribute(side))));
+  drawing.removeAttribute("style");
+  const sheet = document.createElement("div");
+  sheet.className = "sheet";
+  sheet.append(drawing);
+  const size = element("style", `@page { size: ${width + 24}px ${height + 24}px; margin: 12px; }`);
+  document.head.append(size);
+  document.body.append(sheet);
+  document.body.classList.add("one-figure");
+  const title = document.title;
+  document.title = name; // proposed as the name of the file
+  window.addEventListener("afterprint", () => {
+    document.title = title;
+    document.body.classList.remove("one-figure");
+    sheet.remove();
+    size.remove();
+  }, { once: true });
+  window.print();
 }
 
 // ---- tables ---------------------------------------------------------------------------------------------
@@ -150,7 +195,6 @@ document.querySelectorAll("[data-latex]").forEach((button) => button.addEventLis
 // ---- prompts --------------------------------------------------------------------------------------------
 const explorer = document.getElementById("explorer");
 const store = explorer ? JSON.parse(document.getElementById("explorer-data").textContent) : null;
-const DROP = 1; // place of the drop in a ledger row
 function element(tag, text, attributes = {}) {
   const made = document.createElement(tag);
   made.textContent = text;
@@ -164,23 +208,35 @@ function signed(value) {
   if (value === null || value === undefined) return "–";
   return Number(value) === 0 ? "0" : Number(value).toPrecision(3).replace("-", "−");
 }
-function largest(prompt) {
-  let best = -1;
-  prompt.ledger.forEach((row, i) => { if (best < 0 || row[DROP] > prompt.ledger[best][DROP]) best = i; });
-  return best;
+// The text in pieces: every second token has a ground of its own, so that boundaries show. `ends` counts characters.
+function tokensOf(prompt) {
+  const holder = element("span", "", { className: "tokens" });
+  if (!prompt.ends) {
+    holder.textContent = prompt.text;
+    return holder;
+  }
+  const characters = Array.from(prompt.text);
+  let start = 0;
+  prompt.ends.forEach((end, i) => {
+    if (end <= start) return; // a part of a character
+    const text = characters.slice(start, end).join("");
+    holder.append(element("span", text, { className: "token", title: `token ${i + 1} of ${prompt.ends.length}: ${JSON.stringify(text)}` }));
+    start = end;
+  });
+  holder.append(element("span", characters.slice(start).join(""), { className: "unread", title: "not part of the prompt" }));
+  return holder;
 }
 function fillExplorer() {
   const body = explorer.querySelector("tbody");
   for (const prompt of store.prompts) {
     const row = element("tr", "", { tabIndex: 0 });
-    const best = largest(prompt);
     row.dataset.prompt = prompt.source + ":" + prompt.prompt;
     row.dataset.text = (prompt.text + " " + prompt.target + " " + prompt.source).toLowerCase();
     const end = prompt.text.length > 90 ? "…" + prompt.text.slice(-89) : prompt.text;
     const known = prompt.correct === null ? "–" : prompt.correct ? "yes" : "no";
-    const cells = [prompt.source, end, prompt.target, prompt.tokens, prompt.p.toFixed(3), known,
-      best < 0 ? "–" : signed(prompt.ledger[best][DROP]), best < 0 ? "–" : siteName(store.sites[best])];
-    cells.forEach((text, i) => row.append(element("td", text, { className: i > 2 && i < 7 && i !== 5 ? "number" : "" })));
+    const drops = store.every.map((_, i) => prompt.drops[i]).map((best) => (best ? `${signed(best[0])} (${siteName(store.sites[best[1]])})` : "–"));
+    const cells = [prompt.source, end, prompt.target, prompt.tokens, prompt.p.toFixed(3), known, ...drops];
+    cells.forEach((text, i) => row.append(element("td", text, { className: i > 2 && i !== 5 ? "number" : "" })));
     row.addEventListener("click", () => showPrompt(row.dataset.prompt, false));
     row.addEventListener("keydown", (event) => { if (event.key === "Enter") showPrompt(row.dataset.prompt, false); });
     body.append(row);
@@ -200,8 +256,8 @@ function showPrompt(id, scroll) {
   if (!prompt) return;
   for (const row of explorer.querySelectorAll("tbody tr")) row.setAttribute("aria-selected", row.dataset.prompt === id);
   const panel = explorer.querySelector(".ledger");
-  const text = element("p", prompt.text + " ", { className: "prompt" });
-  text.append(element("mark", prompt.target));
+  const text = element("p", "", { className: "prompt" });
+  text.append(tokensOf(prompt), " ", element("mark", prompt.target));
   const table = element("table", "");
   const heads = ["contribution", "Δunembed", "drop T", "direct loss D", "repair by attention", "repair by MLPs", "norm N"];
   const head = element("tr", "");
@@ -238,5 +294,6 @@ if (explorer) {
   if (target) target.scrollIntoView();
 }
 window.addEventListener("beforeprint", () => {
+  if (document.body.classList.contains("one-figure")) return;
   document.querySelectorAll("details").forEach((element) => { element.open = true; });
 });
