@@ -472,7 +472,7 @@ def test_the_drop_of_every_ablation_is_the_largest(evil: tuple[Page, Job, synthe
     data = next(json.loads(body) for attrs, body in shown.scripts if attrs.get("id") == "explorer-data")
     prompt = next(one for one in data["prompts"] if one["source"] == "facts")
     assert len(prompt["drops"]) == len(data["every"]) == len(set(data["every"])) > 2
-    for ablation, (drop, place) in zip(data["every"], prompt["drops"], strict=True):
+    for ablation, (drop, index) in zip(data["every"], prompt["drops"], strict=True):
         best = (-np.inf, None)
         for layer in range(run.plan.layers):
             cell = pl.read_parquet(run.cell("facts", ablation, layer)).filter(
@@ -481,7 +481,7 @@ def test_the_drop_of_every_ablation_is_the_largest(evil: tuple[Page, Job, synthe
             for component, rows in cell.group_by("component"):
                 mean = -float(rows["delta_ablate"].cast(pl.Float64).mean())  # type: ignore[arg-type]
                 best = max(best, (mean, [layer, *component]))
-        assert drop == pytest.approx(best[0], rel=1e-2) and data["sites"][place] == best[1]
+        assert drop == pytest.approx(best[0], rel=1e-2) and data["sites"][index] == best[1]
 
 
 def test_token_boundaries_are_those_of_the_stored_tokens() -> None:

@@ -90,16 +90,16 @@ def _largest_drops(
     points: pl.DataFrame, ablations: Sequence[str], sites: Sequence[tuple[Any, ...]]
 ) -> dict[tuple[Any, ...], list[tuple[float, int] | None]]:
     """Return (largest drop, index of its site) under each of `ablations`, by source and prompt."""
-    places = {site: place for place, site in enumerate(sites)}
+    indices = {site: index for index, site in enumerate(sites)}
     largest: dict[tuple[Any, ...], list[tuple[float, int] | None]] = {}
     columns = ("source", "prompt", "ablation", "drop", "layer", "component")
     best = points.sort("drop", descending=True, nulls_last=True, maintain_order=True).unique(
         columns[:3], keep="first", maintain_order=True
     )
     for source, prompt, ablation, drop, *site in best.select(columns).iter_rows():
-        if drop is not None and tuple(site) in places:
+        if drop is not None and tuple(site) in indices:
             row = largest.setdefault((source, prompt), [None] * len(ablations))
-            row[ablations.index(ablation)] = (float(f"{drop:.3g}"), places[tuple(site)])
+            row[ablations.index(ablation)] = (float(f"{drop:.3g}"), indices[tuple(site)])
     return largest
 
 

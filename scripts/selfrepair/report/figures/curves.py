@@ -107,6 +107,15 @@ def _panel(
         .add_params(highlight)
     )
     layers = [band, line]
+    if table["low"].count():  # a point between two layers without values has no band: its interval is a rule
+        alone = base.transform_window(
+            lag="lag(value)", lead="lead(value)", groupby=[series.field], sort=[alt.SortField("layer")]
+        )
+        whisker = alone.transform_filter(
+            "isValid(datum.value) && !isValid(datum.lag) && !isValid(datum.lead)"
+        ).mark_rule(strokeWidth=1.5)
+        ends = {"y": alt.Y("shown_low:Q", title=row.title, scale=scale), "y2": alt.Y2("shown_high:Q")}
+        layers.append(whisker.encode(x=x, color=colour, **ends))
     if row.domain is None:
         layers.append(scales.off_scale(base, "value", on_line=True, x=x, y=y))
     for at in row.rules:

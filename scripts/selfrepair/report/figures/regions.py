@@ -47,10 +47,10 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
 def _written(base: Any, align: str, size: int) -> list[Any]:
     """Return the names on a rim of the page's ground, so that the lines behind them do not cross the letters."""
     rim = {"stroke": theme.GROUND, "strokeWidth": 4, "strokeJoin": "round"}
-    place = {"x": alt.X("tx:Q"), "y": alt.Y("ty:Q"), "text": alt.Text("label:N")}
+    position = {"x": alt.X("tx:Q"), "y": alt.Y("ty:Q"), "text": alt.Text("label:N")}
     return [
         base.mark_text(align=align, fontStyle="italic", fontSize=size, color=theme.INK, **more).encode(
-            **place
+            **position
         )
         for more in (rim, {"fillOpacity": 0.75})
     ]

@@ -29,8 +29,8 @@ def build(frames: Frames) -> dict[str, Any]:
     return {
         "caption": (
             "Restoration is mean repair divided by mean direct loss, over prompts. It is drawn where something lies "
-            "downstream and the contribution has a direct path of its own; other layers have no point. Band: "
-            f"{wording.INTERVAL}. {scales.NOTE} {wording.sizes(frames)}."
+            "downstream and the contribution has a direct path of its own; other layers have no point. Band, "
+            f"or rule at a point without neighbours: {wording.INTERVAL}. {scales.NOTE} {wording.sizes(frames)}."
         ),
         "reading": (
             "At 0 nothing comes back, at 1 everything does; below 0 later contributions add to the change. If the "
