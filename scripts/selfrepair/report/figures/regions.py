@@ -28,7 +28,7 @@ def marks(base: Any, x: str, y: str, size: int = 11) -> list[Any]:
     axes = [rule.encode(y=alt.Y("at:Q")), rule.encode(x=alt.X("at:Q"))]
     places = (
         f"[{{t: '{LESS}', x: datum.hi, y: datum.hi * 0.3, on: datum.x1 > datum.gap}},"
-        f" {{t: '{MORE}', x: datum.hi * 0.75, y: datum.hi, on: datum.x1 > datum.gap || datum.y1 > datum.gap}},"
+        f" {{t: '{MORE}', x: datum.hi * 0.75, y: datum.hi * 0.93, on: datum.x1 > datum.gap || datum.y1 > datum.gap}},"
         f" {{t: '{SIGN}', x: datum.hi, y: datum.lo * 0.6, on: datum.x1 > datum.gap && datum.lo < -datum.gap}}]"
     )
     names = (
