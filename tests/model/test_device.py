@@ -101,7 +101,10 @@ def heads(loaded, positions, path, read="last"):
         loaded, test_gpu.prompts(2, 6, positions), positions, path == "rows", 100, 1 << 30, True, read
     )
     sites = loaded.head_sites(1)
-    settings = measure.Settings(sites, 1, positions, path, 24, Asked(("logprob", "kl", "top1")))
+    foil = ("foil",) if read == "last" else ()
+    foils = {prompt.id: 7 for batch in found.batches for prompt in batch.prompts}
+    asked = Asked(("logprob", "kl", "top1", *foil), foils)
+    settings = measure.Settings(sites, 1, positions, path, 24, asked)
     later = LaterHeads(loaded, found, Zero(), 1)
     columns = measure.measure(loaded, found, Zero(), settings, later)
     assert {"logprob_change", "kl", "top1_changed"} <= set(columns)

@@ -35,6 +35,8 @@ def outcomes(rows: Rows, final: Tensor, asked: Asked) -> dict[str, Tensor]:  # (
     """Return the columns of the outcomes that are asked for, from the final residual streams of ablated runs."""
     readout = rows.loaded.readout
     clean, reading = rows.clean_finals()
+    # To the readout, which may be on another device than the last layer.
+    clean, final, reading = clean.to(rows.w), final.to(rows.w), reading.to(rows.w.device)
     target = rows.per_reading(lambda run: run.direction.target)
     columns: dict[str, Tensor] = {}
     if set(asked.names) & set(DISTRIBUTION):
