@@ -215,6 +215,23 @@ def check(found, whole, design):
     np.testing.assert_allclose(found["agreement"], np.bincount(winners, minlength=8) / 5)
 
 
+def test_the_product_for_gpus_gives_the_same_sums():
+    generator = torch.Generator().manual_seed(6)
+    change = torch.randn(
+        6, 2, 3, 1, 4, generator=generator, dtype=torch.float64
+    )  # prompt, site, draw, position, head
+    groups = torch.randint(0, 4, (6, 3), generator=generator).numpy()
+    both = []
+    for by_product in (False, True):
+        moments = HeadMoments(2, 4, Design(6, 3, groups), torch.device("cpu"))
+        moments._by_product = by_product
+        moments.add(change, change[:, 0, 0], -change[..., 0], range(6), range(2), range(3))
+        both.append(moments.columns(1))
+    assert both[0]["aligned_across"].min() > 1e-3
+    for name, values in both[0].items():
+        np.testing.assert_allclose(values, both[1][name], atol=1e-12)
+
+
 def test_the_sums_take_the_bytes_that_the_estimate_states():
     """`costs.later_heads_bytes`: 16 bytes per ablated head, later head, and replacement prompt (plus 5)."""
     heads, later, store = 4, 28, 30

@@ -43,6 +43,8 @@ class HeadMoments:
         self._kinds = {name: zeros(n_sites) for name in ("attenuated", "woken")}
         # Prompts whose draws are not complete: (prompt, first site) -> sums (value, site, head), number of draws.
         self._open: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        # On a GPU, index_add_ sums in an order that changes from run to run: a product with the indicator does not.
+        self._by_product = device.type != "cpu"
         self._groups: Tensor | None = None
         self._sizes = np.zeros(0)
         if design.groups is not None:
@@ -107,10 +109,9 @@ class HeadMoments:
         group = self.design.groups[prompts.start : prompts.stop, draws.start : draws.stop]
         index = torch.from_numpy(np.ascontiguousarray(group).reshape(-1)).to(values.device)
         flat = values.transpose(0, 1).flatten(1, 2)  # (site, row, head)
-        if values.device.type == "cpu":
+        if not self._by_product:
             totals = values.new_zeros(len(flat), len(self._sizes), flat.shape[-1])
             return totals.index_add_(1, index, flat)
-        # On a GPU, index_add_ sums in an order that changes from run to run.
         indicator = values.new_zeros(len(self._sizes), len(index))
         indicator[index, torch.arange(len(index), device=index.device)] = 1.0
         return indicator @ flat
