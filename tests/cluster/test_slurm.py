@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import os
 import re
 import shutil
@@ -74,30 +73,34 @@ def submitted(said: str) -> int:
     return len(re.findall(r"has been submitted with SLURM jobid|Submitted .* with external jobid", said))
 
 
+# A cell in the log of a batch job: when it starts, its number in the job, and its name.
+_STARTED = (
+    r"\[(.*)\]\n(?:local)?rule effects:(?:\n    .*)*?/(ablation=.*)\.parquet(?:\n    .*)*?\n    jobid: (\d+)"
+)
+
+
 def timeline(project: stubproject.Project, devices: int) -> tuple[str, set[str]]:
     """Start and end of every batch job and cell of a run, as text, and the nodes of the cells' batch jobs."""
     listed = slurm("squeue", "--states=all", "--noheader", "--format=%i|%j|%N|%S|%e|%Z").splitlines()
     jobs = [line.split("|") for line in listed if line.endswith(f"|{project.path}")]
-    records = [json.loads(file.read_text()) for file in project.path.glob(".snakemake/metadata/*")]
-    cells = sorted(
-        (record["starttime"], record["endtime"], "/".join(Path(record["log"][0]).with_suffix("").parts[-3:]))
-        for record in records
-        if record["rule"] == "effects"
-    )
-    lines = [
-        f"  job {number} on {node}, {began[-8:]} to {ended[-8:]}: {name}"
-        for number, name, node, began, ended, _ in sorted(jobs, key=lambda job: int(job[0]))
-    ]
-    lines += [
-        f"  {began - cells[0][0]:6.2f} s to {ended - cells[0][0]:6.2f} s: {cell}"
-        for began, ended, cell in cells
-    ]
-    nodes = {node for _, name, node, *_ in jobs if "cells-" in name}
-    busy = sum(ended - began for began, ended, _ in cells)
-    span = max(ended for _, ended, _ in cells) - cells[0][0]
-    share = busy / (span * devices * max(1, len(nodes)))
+    lines, times, nodes = [], [], set()
+    for number, name, node, began, ended, _ in sorted(jobs, key=lambda job: int(job[0])):
+        lines.append(f"  job {number} on {node}, {began[-8:]} to {ended[-8:]}: {name}")
+        if "cells-" not in name:
+            continue
+        nodes.add(node)
+        # The batch job's own Snakemake prints when it starts a cell and when the cell is finished, in whole seconds.
+        log = (project.path / f".snakemake/slurm_logs/{number}.log").read_text()
+        starts = re.findall(_STARTED, log)
+        ends = {job: stamp for stamp, job in re.findall(r"\[(.*)\]\nFinished jobid: (\d+)", log)}
+        for start, cell, job in starts:
+            span = [time.mktime(time.strptime(stamp)) for stamp in (start, ends[job])]
+            lines.append(f"    {cell}: {start[11:19]} to {ends[job][11:19]}")
+            times.append(span)
+    whole = max(end for _, end in times) - min(start for start, _ in times)
+    share = sum(end - start for start, end in times) / max(1.0, whole * devices * len(nodes))
     lines.append(
-        f"  {busy:.1f} s of cells in {span:.1f} s on {len(nodes)} nodes: {share:.1f} cells at a time per device"
+        f"  {len(times)} cells in {whole:.0f} s, {share:.1f} at a time per device of {len(nodes)} nodes"
     )
     return "\n".join(lines), nodes
 
