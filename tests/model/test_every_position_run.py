@@ -15,7 +15,7 @@ from selfrepair.planning import config_loading, grid
 from selfrepair.storage import tables
 from selfrepair.tools import verify
 
-N, DRAWS, LENGTH = 4, 3, 9
+N, DRAWS, LENGTH, LAYER = 4, 3, 9, 2
 EXPERIMENT = {
     "models": ["tiny"],
     "datasets": ["b"],
@@ -28,10 +28,10 @@ EXPERIMENT = {
     "draws": DRAWS,
     "components": ["attn", "heads"],
     "ablations": ["zero", "replace"],
-    "layers": [1],
+    "layers": [LAYER],
     "outcomes": ["logit", "kl"],
 }
-CELL = {"source": "b", "layer": 1}
+CELL = {"source": "b", "layer": LAYER}
 KEEP = 0.3
 
 
@@ -67,8 +67,8 @@ def project(tmp_path_factory):
 
 
 def cell(project, experiment, ablation, kind="effects"):
-    path = {"effects": grid.effects_path(experiment, "tiny", "b", ablation, 1)}.get(
-        kind, grid.extra_path(kind, experiment, "tiny", "b", ablation, 1)
+    path = {"effects": grid.effects_path(experiment, "tiny", "b", ablation, LAYER)}.get(
+        kind, grid.extra_path(kind, experiment, "tiny", "b", ablation, LAYER)
     )
     return pl.from_arrow(tables.read(project / path)).with_columns(pl.col(pl.Categorical).cast(pl.String))
 
@@ -183,14 +183,56 @@ def test_later_heads_are_means_over_all_positions(project):
         .filter(downstream_component="head")
         for name in ("full", "top")
     }
-    assert len(tables["full"]) == 2 * 5 * 2 * 4  # ablations, ablated sites, later layers and their heads
+    assert (
+        len(tables["full"]) == 2 * 5 * (3 - LAYER) * 4
+    )  # ablations, ablated sites, later layers and their heads
     assert tables["full"].drop("experiment").equals(tables["top"].drop("experiment"))
     rows = cell(project, "full", "replace-b").filter(component="head", head=2)
     changes = np.stack(rows["downstream_attn"].to_list()).mean(0)
     own = tables["full"].filter(ablation="replace-b", component="head", head=2)
     sums = own.group_by("downstream_layer", maintain_order=True).agg(pl.col("mean_change").sum())
-    np.testing.assert_allclose(sums["mean_change"], changes[2:], atol=1e-5)
-    assert np.abs(changes[2:]).min() > 1e-3
+    np.testing.assert_allclose(sums["mean_change"], changes[LAYER + 1 :], atol=1e-5)
+    assert np.abs(changes[LAYER + 1 :]).min() > 1e-3
     for name in tables:
         audit = pl.read_parquet(project / grid.summary_path(name, "tiny", "audit"))
         assert audit["heads_error"].null_count() == 0 and audit["heads_error"].max() < 1e-5
+
+
+def test_the_table_of_rushing_and_nanda_from_the_stored_rows(project):
+    """Recomputed with polars from every row: selection head by head, both estimators, held-out draws."""
+    found = pl.read_parquet(project / grid.summary_path("top", "tiny", "rushing_nanda")).filter(
+        pl.col("layer").is_null() & (pl.col("ablation") == "replace-b")
+    )
+    pair = ["head", "prompt", "position"]
+    rows = cell(project, "full", "replace-b").filter(pl.col("head").is_not_null())
+    rows = rows.with_columns(
+        pl.col(names(EFFECT)).cast(pl.Float64),
+        s=(pl.col("delta_ablate") - pl.col("direct_effect")).cast(pl.Float64),
+    )
+    first = rows.filter(pl.col("draw") < DRAWS // 2)
+    scores = {
+        "delta_unembed": (rows.filter(draw=0).select(*pair, score="delta_unembed"), rows),
+        "loss": (first.group_by(pair).agg(score=-pl.col("direct_effect").mean()), first),
+    }
+    scores["loss_held_out"] = scores["loss"][0], rows.filter(pl.col("draw") >= DRAWS // 2)
+    for way, (score, measured) in scores.items():
+        for quantile in (0.05, 0.2, 1.0):
+            size = int(np.ceil(quantile * N * (LENGTH - 1)))
+            rank = pl.col("score").rank("ordinal", descending=True).over("head")
+            chosen = measured.join(score.filter(rank <= size), on=pair, how="semi")
+            row = found.filter(selection=way, quantile=quantile).row(0, named=True)
+            assert row["rows"] == len(chosen) and row["heads"] == 4 and row["prompts"] == N
+            unembed, loss = chosen["delta_unembed"].sum(), -chosen["direct_effect"].sum()
+            shares = (chosen["s"] / chosen["delta_unembed"]).clip(0, 1)
+            expected = {
+                "self_repair_of_unembed": chosen["s"].sum() / unembed,
+                "attn_of_unembed": chosen["compensation_attn"].sum() / unembed,
+                "self_repair_of_loss": chosen["s"].sum() / loss,
+                "norm_of_loss": chosen["norm_effect"].sum() / loss,
+                "self_repair_clipped": shares.mean(),
+                "mlp_clipped": (chosen["compensation_mlp"] / chosen["delta_unembed"]).clip(0, 1).mean(),
+                "mean_loss": loss / len(chosen),
+            }
+            for name, value in expected.items():
+                assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-5), (way, quantile, name)
+            assert row["self_repair_clipped_low"] <= row["self_repair_clipped"]

@@ -2,6 +2,19 @@
 
 from typing import Any
 
+# Of presets that are not in the atlas.
+OTHERS: dict[str, dict[str, Any]] = {
+    "openai-community/gpt2-medium": {
+        "model_type": "gpt2",
+        "n_layer": 24,
+        "n_embd": 1024,
+        "n_head": 16,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+    },
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "openai-community/gpt2": {
         "model_type": "gpt2",

@@ -29,6 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from selfrepair.effects.columns import EFFECTS, OUTCOME, names
 from selfrepair.effects.head_columns import DOWNSTREAM_HEADS
+from selfrepair.effects.position_columns import POOLED_KEY, SELECTIONS
+from selfrepair.effects.selections import packed, pooled_sums, selections
 from selfrepair.planning.grid import SUMMARY_TABLES
 from selfrepair.storage import schemas, tables
 
@@ -57,6 +59,7 @@ class Plan:
     draws: int = 4
     components: tuple[str, ...] = COMPONENTS
     heads: int = 0  # single attention heads that are ablated beside the components
+    every: bool = False  # heads are read at every position: cells have a file of selections
     positions: str = "last"
     length: int = 16  # tokens per prompt where positions is `all`
     parallel: bool = False  # attention and MLP read the same residual: no MLP change in the ablated layer
@@ -105,6 +108,10 @@ class Run:
     cells: list[Path]
     truth: dict[tuple[str, str, int, str], Truth] = field(default_factory=dict)
     later_heads: list[Path] = field(default_factory=list)  # beside the cells, if heads are ablated
+    selections: list[Path] = field(default_factory=list)  # if they are read at every position
+    every: dict[tuple[str, str, int], dict[int, dict[str, Array]]] = field(
+        default_factory=dict
+    )  # heads' rows
 
     def cell(self, source: str, ablation: str, layer: int) -> Path:
         return self.base / f"effects/source={source}/ablation={ablation}/layer={layer}.parquet"
@@ -116,6 +123,7 @@ class Run:
             "input": {
                 "cells": [str(path) for path in self.cells],
                 "downstream_heads": [str(path) for path in self.later_heads],
+                "selections": [str(path) for path in self.selections],
                 "clean": [str(path) for path in self.clean],
                 "tokens": [str(path) for path in self.tokens],
             },
@@ -332,6 +340,8 @@ def _write_cell(run: Run, source: str, ablation: str, layer: int, clean: dict[st
     metadata["config"] |= {"model": plan.model, "source": source, "ablation": ablation, "layer": layer}
     tables.write(path, columns, EFFECTS, metadata)
     run.cells.append(path)
+    if plan.every:
+        _write_selections(run, path, metadata)
     if plan.heads:
         _write_later_heads(run, path, flat, sites, replacement, metadata)
 
@@ -403,6 +413,43 @@ def _outcomes(plan: Plan, source: str, ablation: str, layer: int, rows: int) -> 
     rng = _rng(plan, "outcomes", source, ablation, layer)
     drawn = {name: np.float32(rng.normal(0.5, 1.0, rows)) for name in names(OUTCOME)}
     return drawn | {"top1_changed": drawn["top1_changed"] > 0}
+
+
+def _write_selections(run: Run, cell: Path, metadata: dict[str, Any]) -> None:
+    """Draw rows of every head at every position and write their sums over selected rows."""
+    plan = run.plan
+    source, ablation, layer = (metadata[key] for key in ("source", "ablation", "layer"))
+    heads = {head: _every_position(plan, source, ablation, layer, head) for head in range(plan.heads)}
+    run.every[source, ablation, layer] = heads
+    keys = {"experiment": plan.experiment, "model": plan.model, "source": source, "ablation": ablation}
+    rows = [
+        {**keys, "layer": layer, "component": "head", "head": head, **row}
+        for head, columns in heads.items()
+        for row in selections(columns)
+    ]
+    pooled = pooled_sums(heads.values())
+    assert pooled is not None
+    path = Path(str(cell).replace("/effects/", "/selections/"))
+    columns = {name: [row[name] for row in rows] for name in SELECTIONS.names}
+    tables.write(path, columns, SELECTIONS, {**metadata, POOLED_KEY: packed(pooled)})
+    run.selections.append(path)
+
+
+def _every_position(plan: Plan, source: str, ablation: str, layer: int, head: int) -> dict[str, Array]:
+    """Rows of one head (prompt, draw, position): half of the loss comes back, most of it through the norm."""
+    unembed = _rng(plan, "every", source, layer, head).normal(0.1, 1, (plan.prompts, 1, plan.length))
+    rng = _rng(plan, "every", source, layer, head, ablation)
+    shape = plan.prompts, plan.draws_of(ablation), plan.length
+    loss = unembed + rng.normal(0, 0.3, shape)
+    norm, attn, mlp = (share * loss + rng.normal(0, 0.1, shape) for share in (0.3, 0.15, 0.05))
+    return {
+        "delta_unembed": np.broadcast_to(unembed, shape),
+        "delta_ablate": norm + attn + mlp - loss,
+        "direct_effect": -loss,
+        "compensation_attn": attn,
+        "compensation_mlp": mlp,
+        "norm_effect": norm,
+    }
 
 
 def _diagnostics(

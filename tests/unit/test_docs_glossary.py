@@ -11,6 +11,7 @@ from selfrepair.analysis.ablation_table import ABLATIONS
 from selfrepair.analysis.audit import AUDIT, NUMERICS
 from selfrepair.analysis.downstream import DOWNSTREAM
 from selfrepair.analysis.layers import LAYERS
+from selfrepair.analysis.rushing_nanda import RUSHING_NANDA
 from selfrepair.analysis.verdicts import VERDICTS
 from selfrepair.effects.columns import EFFECTS
 from selfrepair.effects.head_columns import DOWNSTREAM_HEADS
@@ -31,6 +32,7 @@ TABLES = {
     "summary/verdicts.parquet": VERDICTS,
     "summary/downstream.parquet": DOWNSTREAM,
     "summary/ablations.parquet": ABLATIONS,
+    "summary/rushing_nanda.parquet": RUSHING_NANDA,
     "summary/audit.parquet": AUDIT,
 }
 

@@ -18,6 +18,7 @@ import synthetic
 import vl_convert
 from altair.vegalite.v6.schema import core
 from selfrepair.effects.columns import EFFECT_COLUMNS
+from selfrepair.effects.position_columns import BY_UNEMBED
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import figures as stage
 from selfrepair.jobs.stages import summary as summary_stage
@@ -40,6 +41,8 @@ from selfrepair.report.figures import (
     ledger,
     points,
     scales,
+    selection_curves,
+    selection_heads,
     stacks,
     substitution_matrix,
     taxonomy,
@@ -50,10 +53,16 @@ from selfrepair.report.figures.build import build
 from selfrepair.storage import tables
 
 PLAN = synthetic.Plan(
-    datasets=("facts", "python"), layers=4, prompts=10, draws=2, ablations=("zero", "replace"), heads=3
+    datasets=("facts", "python"),
+    layers=4,
+    prompts=10,
+    draws=2,
+    ablations=("zero", "replace"),
+    heads=3,
+    every=True,
 )
 SOURCE, ABLATION, LAYER, COMPONENT = "python", "replace-facts", 1, "attn"
-NAMES = figure_names.names(2, PLAN.expanded(), heads=True)
+NAMES = figure_names.names(2, PLAN.expanded(), heads=True, every=True)
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +253,37 @@ def test_the_strongest_pairs_of_heads_are_drawn_with_all_pairs_of_their_heads(da
     assert row["attenuated"] + row["woken"] + row["propagated"] == pytest.approx(
         row["aligned_change"], abs=1e-6
     )
+
+
+def test_curves_of_selected_rows_are_ratios_over_the_later_half(
+    data: frames.Frames, run: synthetic.Run
+) -> None:
+    """Recomputed from the rows with a threshold in place of a sort, over the heads of layers 2 and 3 of 4."""
+    sums = np.zeros(4)
+    for layer in (2, 3):
+        for rows in run.every[SOURCE, ABLATION, layer].values():
+            unembed = rows["delta_unembed"]
+            chosen = unembed >= np.quantile(unembed[:, 0], 1 - 0.05, method="higher")
+            repair = (rows["delta_ablate"] - rows["direct_effect"])[chosen]
+            shares = np.clip(repair / unembed[chosen], 0, 1)
+            sums += [unembed[chosen].sum(), repair.sum(), shares.sum(), chosen.sum()]
+    table = selection_curves.data(data).filter(
+        (pl.col("source") == SOURCE) & (pl.col("ablation") == ABLATION),
+        selection=BY_UNEMBED,
+        quantile=0.05,
+        part="self_repair",
+    )
+    assert table["rows"].unique().to_list() == [sums[3]]
+    values = dict(table.select("estimator", "value").rows())
+    assert values["of_unembed"] == pytest.approx(sums[1] / sums[0], rel=1e-5)
+    assert values["clipped"] == pytest.approx(sums[2] / sums[3], rel=1e-5)
+    assert table.filter((pl.col("low") > pl.col("value")) | (pl.col("value") > pl.col("high"))).is_empty()
+    head = selection_heads.data(data).filter(
+        (pl.col("source") == SOURCE) & (pl.col("ablation") == ABLATION), layer=1, head=2, quantile=1.0
+    )
+    rows = run.every[SOURCE, ABLATION, 1][2]
+    expected = (rows["delta_ablate"] - rows["direct_effect"]).mean()
+    assert head["mean_self_repair"].item() == pytest.approx(expected)
 
 
 def test_heads_are_not_drawn_as_contributions(data: frames.Frames) -> None:

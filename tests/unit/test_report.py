@@ -21,7 +21,7 @@ from selfrepair.jobs.stages import figures, report, summary
 from selfrepair.planning.config_loading import load_file
 from selfrepair.planning.costs import costs
 from selfrepair.planning.duration import duration
-from selfrepair.report import explorer, head_pairs, page, planned, report_tables, sentences
+from selfrepair.report import explorer, head_pairs, page, planned, report_tables, selected_rows, sentences
 from selfrepair.report.figures.wording import number
 from selfrepair.report.results import Results, read
 from selfrepair.storage import tables
@@ -335,12 +335,12 @@ def test_crossings_and_replacements_are_the_summarys(evil: tuple[Page, Job, synt
 
 
 def test_heads_have_a_section_of_their_own(tmp_path: Path) -> None:
-    plan = synthetic.Plan(ablations=("zero", "replace"), layers=3, prompts=12, draws=2, heads=2)
-    job, run = make(tmp_path, plan, ("scatter-by-layer", "heads-grid", "heads-prompts"))
+    plan = synthetic.Plan(ablations=("zero", "replace"), layers=3, prompts=12, draws=2, heads=2, every=True)
+    job, run = make(tmp_path, plan, ("scatter-by-layer", "heads-grid", "heads-prompts", "selection-curves"))
     report.run(job, None)
     shown = Page(job.output["report"])
     ids = [attrs["id"] for tag, attrs in shown.elements if tag == "section" and "id" in attrs]
-    assert ids[ids.index("who") + 1] == "heads"
+    assert ids[ids.index("who") + 1 :][:2] == ["heads", "selected"]
     every = results_of(job)
     whole, heads = every.whole(), every.heads()
     assert heads is not None and whole.heads() is None
@@ -373,6 +373,27 @@ def test_heads_have_a_section_of_their_own(tmp_path: Path) -> None:
     )
     drop = prompt["heads"][-1][2 + data["terms"].index("drop")]
     assert drop == pytest.approx(-raw["delta_ablate"].cast(pl.Float64).mean(), rel=1e-2)  # type: ignore[operator]
+
+
+def test_published_values_stand_beside_the_same_model_only(tmp_path: Path) -> None:
+    plan = synthetic.Plan(ablations=("replace",), layers=2, prompts=12, draws=2, heads=2, every=True)
+    run = synthetic.write(tmp_path, plan)
+    summary.run(Job.from_json(run.summary_job()), None)
+    results = results_of(reporting.report_job(run, ()))
+    own = [[cell.text for cell in row] for row in selected_rows.table(results, {"path": "some/model"}).rows]
+    assert not any("published" in row for row in own)
+    known = selected_rows.table(results, {"path": "EleutherAI/pythia-160m"})
+    beside = [[cell.text for cell in row] for row in known.rows]
+    assert beside[: len(own)] == own
+    ratio, clipped, every = beside[len(own) :]
+    assert [ratio[4], *clipped[5:8], every[4]] == ["0.27", "0.34", "0.10", "0.30", "−0.36"]
+    assert {row[0] for row in beside[len(own) :]} == {"published"} and "2402.15390" in known.caption
+    # Own rows: the largest 2 % by three selections and all rows, three estimators each.
+    assert len(own) == (3 + 1) * 3
+    row = results.selected_rows.filter(pl.col("layer").is_null(), selection="delta_unembed", quantile=0.02)
+    assert own[0][2].startswith("all rows")
+    assert any(cells[4].startswith(number(row["self_repair_of_unembed"].item())) for cells in own)
+    assert sum("regression to the mean" in text for text in selected_rows.text(results)) == 1
 
 
 def test_warnings_come_first(evil: tuple[Page, Job, synthetic.Run], tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_every_file_of_the_contract_is_there(finished: Project) -> None:
         "summary/verdicts.parquet",
         "summary/ablations.parquet",
         "summary/audit.parquet",
+        "summary/rushing_nanda.parquet",
         "figures/scatter-by-layer.svg",
         "report.html",
         "logs/effects/source=a/ablation=zero/layer=1.log",

@@ -15,9 +15,11 @@ KEYS: list[tuple[str, pa.DataType]] = [
     ("head", pa.int16()),
 ]
 _ORDER = (
-    *("source", "ablation", "layer", "component", "head", "subset", "dataset"),
+    *("source", "ablation", "layer", "component", "head", "subset", "dataset", "selection", "top"),
     *("downstream_layer", "downstream_component", "downstream_head"),
 )
+
+_NULLABLE = ("layer", "head", "downstream_head")  # null, which comes first: all of them together
 
 
 def with_interval(name: str) -> tuple[str, str, str]:
@@ -36,7 +38,8 @@ def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 
     def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(
-            (row[name] is not None, row[name] or 0) if "head" in name else row[name] for name in keys
+            (row.get(name) is not None, row.get(name) or 0) if name in _NULLABLE else row[name]
+            for name in keys
         )
 
     rows = sorted(rows, key=key)

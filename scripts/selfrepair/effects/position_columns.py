@@ -31,6 +31,7 @@ BY_LOSS = "loss"  # largest mean loss D over the first half of the draws; measur
 HELD_OUT = (
     "loss_held_out"  # the same pairs as BY_LOSS; measured over the second half of the draws (2 draws or more)
 )
+WAYS = (BY_UNEMBED, BY_LOSS, HELD_OUT)
 QUANTILES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 # Sums over the selected rows (selected pairs x measured draws). Loss D, drop T, repair R and norm N are those of the
@@ -54,6 +55,13 @@ SUMS = {
     "unembed_share_attn": "sum of (the attention's part of R) / delta_unembed, clipped",
     "unembed_share_mlp": "sum of (the MLPs' part of R) / delta_unembed, clipped",
 }
+# Sums prompt by prompt over the selected rows of all heads of a cell, in the metadata of `selections`: for intervals.
+POOLED_KEY = "pooled_heads"
+POOLED = (
+    "rows",
+    *("sum_unembed", "sum_loss", "sum_attn", "sum_mlp", "sum_norm"),
+    *(f"unembed_share_{part}" for part in ("repair", "norm", "attn", "mlp")),
+)
 _KEYS = ("experiment", "model", "source", "ablation", "layer", "component", "head")
 SELECTIONS = pa.schema(
     [

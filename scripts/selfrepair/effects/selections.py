@@ -1,13 +1,15 @@
 """Reductions of the rows of one ablated site over positions: averages, selections, and the rows that are kept."""
 
+import base64
 import math
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfrepair.effects.position_columns import BY_LOSS, BY_UNEMBED, HELD_OUT, QUANTILES
+from selfrepair.effects.position_columns import BY_LOSS, BY_UNEMBED, HELD_OUT, POOLED, QUANTILES, WAYS
 
 Array = NDArray[np.float64]
 Columns = Mapping[str, NDArray[Any]]  # (prompt, draw, position) of each scalar column of Effects
@@ -37,17 +39,8 @@ def kept_rows(columns: Columns, share: float) -> NDArray[np.bool_]:  # (prompt, 
 
 def selections(columns: Columns) -> Iterator[dict[str, Any]]:
     """Yield the rows of SELECTIONS of one ablated site, without its keys."""
-    unembed = columns["delta_unembed"].astype(np.float64)
-    loss = -columns["direct_effect"].astype(np.float64)
-    draws = unembed.shape[1]
-    half = max(1, draws // 2)
-    first, second = slice(0, half), slice(half, draws)
-    by_loss = loss[:, first].mean(1)
-    ways = [(BY_UNEMBED, unembed[:, 0], slice(0, draws)), (BY_LOSS, by_loss, first)]
-    if draws > 1:
-        ways.append((HELD_OUT, by_loss, second))
     parts = _parts(columns)
-    for name, order, measured in ways:
+    for name, order, measured in _ways(columns):
         for quantile in QUANTILES:
             pairs = largest(order, quantile)
             selected = {part: values[:, measured].swapaxes(1, 2)[pairs] for part, values in parts.items()}
@@ -62,6 +55,64 @@ def selections(columns: Columns) -> Iterator[dict[str, Any]]:
                 "threshold": float(order[pairs].min()),
                 **{part: float(values.sum()) for part, values in selected.items()},
             }
+
+
+def _ways(columns: Columns) -> list[tuple[str, Array, slice]]:
+    """Return every way to select: name, values (prompt, position) that order the pairs, and the measured draws."""
+    unembed = columns["delta_unembed"].astype(np.float64)
+    loss = -columns["direct_effect"].astype(np.float64)
+    draws = unembed.shape[1]
+    half = max(1, draws // 2)
+    first, second = slice(0, half), slice(half, draws)
+    by_loss = loss[:, first].mean(1)
+    ways = [(BY_UNEMBED, unembed[:, 0], slice(0, draws)), (BY_LOSS, by_loss, first)]
+    return [*ways, (HELD_OUT, by_loss, second)] if draws > 1 else ways
+
+
+def pooled_sums(heads: Iterable[Columns]) -> Array | None:  # (way, quantile, prompt, sum)
+    """Return position_columns.POOLED over the selected rows of each prompt, added over heads; None without heads.
+
+    The order is that of WAYS and QUANTILES. HELD_OUT is NaN with a single draw.
+    """
+    every = [_prompt_sums(columns) for columns in heads]
+    return np.sum(every, axis=0) if every else None
+
+
+def _prompt_sums(columns: Columns) -> Array:  # (way, quantile, prompt, sum)
+    parts = _parts(columns)
+    parts["rows"] = np.ones_like(parts["sum_loss"])
+    values = np.stack([parts[name] for name in POOLED])  # (sum, prompt, draw, position)
+    result = np.full((len(WAYS), len(QUANTILES), values.shape[1], len(POOLED)), np.nan)
+    for name, order, measured in _ways(columns):
+        result[WAYS.index(name)] = _nested(values[:, :, measured].sum(2), order)
+    return result
+
+
+def _nested(values: Array, order: Array) -> Array:  # (sum, prompt, position) -> (quantile, prompt, sum)
+    """Return the sums over the pairs with the largest `order`. Every quantile adds pairs to the smaller one."""
+    prompts, positions = order.shape
+    ranked = np.argsort(-order.reshape(-1), kind="stable")
+    result = np.zeros((len(QUANTILES), prompts, len(values)))
+    total, start = np.zeros((prompts, len(values))), 0
+    for q, quantile in enumerate(QUANTILES):
+        end = count(quantile, order.size)
+        added = ranked[start:end]
+        for s, column in enumerate(values.reshape(len(values), -1)):
+            total[:, s] += np.bincount(added // positions, column[added], minlength=prompts)
+        result[q], start = total, end
+    return result
+
+
+def packed(sums: Array) -> dict[str, Any]:
+    """Return sums for a file's metadata: single precision, compressed."""
+    data = base64.b64encode(zlib.compress(sums.astype("<f4").tobytes())).decode()
+    return {"shape": list(sums.shape), "data": data}
+
+
+def unpacked(value: Mapping[str, Any]) -> Array:
+    """Return the sums that `packed` took."""
+    values = np.frombuffer(zlib.decompress(base64.b64decode(value["data"])), "<f4")
+    return values.astype(np.float64).reshape(value["shape"])
 
 
 def _parts(columns: Columns) -> dict[str, Array]:  # (prompt, draw, position) each

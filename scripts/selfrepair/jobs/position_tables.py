@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from selfrepair.effects import selections
 from selfrepair.effects.columns import COLUMNS, PROFILE
 from selfrepair.effects.equations import reached
-from selfrepair.effects.position_columns import EXTRA
+from selfrepair.effects.position_columns import EXTRA, POOLED_KEY
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.models.loading import LoadedModel
 from selfrepair.planning.sites import COMPONENTS, HEAD, Site
@@ -47,6 +47,12 @@ class Positions:
             for number, site in enumerate(self._sites)
             for row in selections.selections(self._scalars(number))
         ]
+
+    def pooled_heads(self) -> dict[str, Any]:
+        """Return the metadata of `selections`: sums prompt by prompt over the selected rows of all heads."""
+        heads = [self._scalars(number) for number, site in enumerate(self._sites) if site.index is not None]
+        sums = selections.pooled_sums(heads)
+        return {} if sums is None else {POOLED_KEY: selections.packed(sums)}
 
     def averages(
         self,

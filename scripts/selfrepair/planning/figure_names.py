@@ -18,6 +18,7 @@ class FigureEntry:
     title: str
     compares_datasets: bool = False  # drawn only if there are two data sets and a replacement between them
     of_heads: bool = False  # drawn only if single attention heads are ablated
+    of_selections: bool = False  # drawn only if single heads are read at every position
 
 
 FIGURES = (
@@ -37,6 +38,12 @@ FIGURES = (
         "heads-who-repairs", "heads", "Which heads change most when a head is ablated", of_heads=True
     ),
     FigureEntry("heads-scatter", "heads", "Repair against direct loss, head by head", of_heads=True),
+    FigureEntry(
+        "selection-curves", "selected", "Self-repair over the share of rows selected", of_selections=True
+    ),
+    FigureEntry(
+        "selection-heads", "selected", "Self-repair of the selected rows, head by head", of_selections=True
+    ),
     FigureEntry("compensation-scatter", "dose", "Repair against direct loss"),
     FigureEntry("compensation-slopes", "dose", "Slope of repair on direct loss"),
     FigureEntry("ablations-compared", "ablations", "Does the verdict depend on the ablation?"),
@@ -49,16 +56,19 @@ FIGURES = (
 )
 
 
-def names(n_datasets: int, ablations: Sequence[str], *, heads: bool) -> list[str]:
+def names(n_datasets: int, ablations: Sequence[str], *, heads: bool, every: bool = False) -> list[str]:
     """Return the names of an experiment's figures in the order of the report.
 
-    `ablations` are the expanded names (`replace-python`, not `replace`). `heads`: single heads are ablated.
+    `ablations` are the expanded names (`replace-python`, not `replace`). `heads`: single heads are ablated;
+    `every`: effects are read at every position.
     """
     compares = n_datasets > 1 and any(name.startswith("replace") for name in ablations)
     return [
         entry.name
         for entry in FIGURES
-        if (compares or not entry.compares_datasets) and (heads or not entry.of_heads)
+        if (compares or not entry.compares_datasets)
+        and (heads or not entry.of_heads)
+        and ((heads and every) or not entry.of_selections)
     ]
 
 

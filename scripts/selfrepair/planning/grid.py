@@ -18,7 +18,7 @@ RESULTS = "results"
 DOWNSTREAM_HEADS = "downstream_heads"  # a file of a cell: the changes of later heads
 AVERAGES, SELECTIONS = "averages", "selections"
 POSITION_FILES = (AVERAGES, SELECTIONS)  # the files of a cell with `read: every`
-SUMMARY_TABLES = ("layers", "verdicts", "downstream", "ablations", "audit", "selections")
+SUMMARY_TABLES = ("layers", "verdicts", "downstream", "ablations", "audit", "selections", "rushing_nanda")
 
 
 class Cell(NamedTuple):

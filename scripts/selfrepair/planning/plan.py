@@ -110,8 +110,8 @@ class Plan:
         return experiments
 
     def _figure_names(self, experiment: Experiment) -> list[str]:
-        heads = grid.reads_heads(experiment)
-        return figure_names(len(experiment.datasets), grid.ablations(experiment), heads=heads)
+        heads, every = grid.reads_heads(experiment), experiment.read == "every"
+        return figure_names(len(experiment.datasets), grid.ablations(experiment), heads=heads, every=every)
 
     # ---- input files -------------------------------------------------------------------------------------
 

@@ -11,7 +11,15 @@ import polars as pl
 from selfrepair.analysis import thresholds
 from selfrepair.analysis.classes import CLASSES
 from selfrepair.planning import figure_names
-from selfrepair.report import explorer, head_pairs, planned, report_tables, sentences, templating
+from selfrepair.report import (
+    explorer,
+    head_pairs,
+    planned,
+    report_tables,
+    selected_rows,
+    sentences,
+    templating,
+)
 from selfrepair.report.figures import embedding
 from selfrepair.report.figures.frames import table
 from selfrepair.report.figures.wording import number
@@ -58,7 +66,7 @@ def build(inputs: Mapping[str, Any], page: str, params: Mapping[str, Any]) -> st
         answers=sentences.answers(results),
         notes=sentences.positions(config),
         overview=report_tables.overview(results),
-        sections=_sections(results, heads),
+        sections=_sections(results, heads, params.get("model_spec", {})),
         facts=[(heading, settings(values)) for heading, values in groups],
         resources=planned.planned_and_actual(
             os.path.dirname(page), params, _lengths(results), str(measured.get("device"))
@@ -83,7 +91,7 @@ def _lengths(results: Results) -> dict[str, float]:
     return dict(means.iter_rows())
 
 
-def _sections(results: Results, heads: Results | None) -> list[Section]:
+def _sections(results: Results, heads: Results | None, model_spec: Mapping[str, Any]) -> list[Section]:
     details = [] if len(results.sources) == 1 else results.sources
     who = [text for source in details for text in _responsibility(results, source)]
     outcomes = [report_tables.outcomes(part) for part in (results, heads) if part is not None]
@@ -100,6 +108,7 @@ def _sections(results: Results, heads: Results | None) -> list[Section]:
             details=[report_tables.strongest(results)],
         ),
         *([] if heads is None else [_heads(heads)]),
+        *([] if results.selected_rows.is_empty() else [_selected(results, model_spec)]),
         Section("dose", "Does repair follow the loss?"),
         Section(
             "ablations",
@@ -121,6 +130,16 @@ def _sections(results: Results, heads: Results | None) -> list[Section]:
             [report_tables.replacements(results)],
         ),
     ]
+
+
+def _selected(results: Results, model_spec: Mapping[str, Any]) -> Section:
+    """Return the section on the rows with the largest direct effects."""
+    return Section(
+        selected_rows.SECTION,
+        "How much do heads self-repair where they matter?",
+        selected_rows.text(results),
+        [selected_rows.table(results, model_spec)],
+    )
 
 
 def _heads(heads: Results) -> Section:
@@ -180,6 +199,7 @@ def _files(inputs: Mapping[str, Any], page: str) -> list[tuple[str, str]]:
         (inputs["verdicts"], "the verdict on every contribution"),
         (inputs["layers"], "effects per layer with intervals"),
         (inputs["downstream"], "change of each later contribution"),
+        (inputs["rushing_nanda"], "self-repair of heads over selected rows"),
         (inputs["numerics"], "the audit"),
         *((path, "clean runs, one row per prompt") for path in inputs["clean"]),
         *((path, "the prompts, tokenized") for path in inputs["tokens"]),

@@ -33,6 +33,7 @@ class Results:
     numerics: pl.DataFrame
     comparison: pl.DataFrame  # summary/ablations.parquet
     audit: pl.DataFrame  # summary/audit.parquet
+    selected_rows: pl.DataFrame  # summary/rushing_nanda.parquet
     clean: pl.DataFrame  # one row per source prompt
     sources: tuple[str, ...]
     ablations: tuple[str, ...]
@@ -92,6 +93,7 @@ def read(inputs: Mapping[str, Any]) -> Results:
         numerics=table(inputs["numerics"]),
         comparison=without_control(table(inputs["ablations"])),
         audit=without_control(table(inputs["audit"])),
+        selected_rows=without_control(table(inputs["rushing_nanda"])),
         clean=clean,
         sources=sources,
         ablations=order_ablations(verdicts["ablation"].unique(maintain_order=True).to_list(), sources),

@@ -105,7 +105,7 @@ def run(job: Job, session: Session) -> None:
         tables.write(job.output["averages"], columns, AVERAGES, metadata)
         rows_of = [{key: params[key] for key in _KEYS} | row for row in every.selections()]
         columns = {name: [row[name] for row in rows_of] for name in SELECTIONS.names}
-        tables.write(job.output["selections"], columns, SELECTIONS, metadata)
+        tables.write(job.output["selections"], columns, SELECTIONS, metadata | every.pooled_heads())
         measured = every.kept(params.get("keep"))
     columns = table_columns(params, measured, sites, ablation, correct)
     # Last: if the cell exists, all of its files do.

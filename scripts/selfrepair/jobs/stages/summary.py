@@ -4,7 +4,7 @@ Cells are read one at a time and reduced at once, so memory does not grow with t
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from selfrepair.analysis.conditions import Conditions
 from selfrepair.analysis.contribution import contributions
 from selfrepair.analysis.downstream import DOWNSTREAM, downstream_table
 from selfrepair.analysis.downstream_heads import downstream_heads_table, read_later_heads, sum_error
+from selfrepair.analysis.rushing_nanda import RUSHING_NANDA, SelectedRows
 from selfrepair.analysis.schema import floor_key, ordered, table
 from selfrepair.analysis.statistics import Bootstrap, seed_of
 from selfrepair.analysis.thresholds import LEVEL, RESAMPLES
-from selfrepair.effects.position_columns import SELECTIONS
+from selfrepair.effects.position_columns import POOLED_KEY, SELECTIONS
+from selfrepair.effects.selections import unpacked
 from selfrepair.errors import InputError
 from selfrepair.jobs import cellstore
 from selfrepair.jobs.job import Job
@@ -86,6 +88,8 @@ def run(job: Job, session: object) -> None:
             if cell.ablation == f"replace-{cell.source}":
                 stored_mean_errors[floor_key(row.keys)] = layers.stored_mean_error(row)
 
+    for path in job.input.get("selections") or []:
+        _add_selections(path, sources)
     for source in sources.values():
         source.check_complete()
     for layer in rows["layers"]:
@@ -100,6 +104,9 @@ def run(job: Job, session: object) -> None:
         "audit": table(compared, audit.AUDIT),
         "ablations": table(
             [row for source in sources.values() for row in source.totals.rows(source.bootstrap)], ABLATIONS
+        ),
+        "rushing_nanda": table(
+            [row for source in sources.values() for row in source.selected_rows()], RUSHING_NANDA
         ),
         "numerics": table(
             [_numerics(source, rows["audit"], compared) for source in sources.values()], audit.NUMERICS
@@ -141,6 +148,14 @@ def _numerics(
     return row
 
 
+def _add_selections(path: str, sources: Mapping[str, "_Source"]) -> None:
+    """Add the sums over selected rows of one cell to its source, if heads were ablated."""
+    selections = tables.read(path)
+    pooled = tables.metadata_of(selections.schema).get(POOLED_KEY)
+    if pooled is not None and str(selections["ablation"][0]) != CONTROL:
+        sources[str(selections["source"][0])].selected.add(selections, unpacked(pooled))
+
+
 class _Source:
     """One data set: its clean table, its prompts and their resamples, and the cells read so far."""
 
@@ -166,6 +181,7 @@ class _Source:
         self.totals = AblationTotals()
         self.conditions = Conditions()
         self.counts: dict[str, int] = {}  # of the data file's rows, as the tokens table records them
+        self.selected = SelectedRows(self.clean_effects.shape[2])
         self.seen: dict[str, dict[int, str]] = {}  # ablation -> layer -> path
         self.ablated: dict[int, tuple[tuple[str, int | None], ...]] = {}  # layer -> components and heads
 
@@ -177,6 +193,12 @@ class _Source:
             subset: (at, Bootstrap.draw(len(at), seed_of("bootstrap", seed, *self.keys, self.name, subset)))
             for subset, at in positions.items()
         }
+
+    def selected_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of RUSHING_NANDA."""
+        experiment, model = self.keys
+        keys = {"experiment": experiment, "model": model, "source": self.name}
+        return self.selected.rows(keys, self.bootstrap)
 
     def add(self, cell: Cell) -> None:
         """Check a cell against the clean table and the other cells. Raises InputError."""

@@ -27,6 +27,7 @@ class Inputs:
     verdicts: str
     layers: str
     downstream: str
+    rushing_nanda: str
     clean: Sequence[str]
     tokens: Sequence[str]
     cells: Sequence[str]
@@ -43,6 +44,9 @@ class Frames:
     layers: pl.DataFrame  # summary/layers.parquet without the control
     downstream: pl.DataFrame  # summary/downstream.parquet of whole contributions, without the control
     later_heads: pl.DataFrame  # the same: ablated heads and later heads; empty without heads
+    selected_rows: (
+        pl.DataFrame
+    )  # summary/rushing_nanda.parquet without the control; empty unless `read: every`
     clean: pl.DataFrame  # one row per source prompt, all sources, with its `text`
     prompts: pl.DataFrame  # CELL x prompt: mean over draws of EFFECT_COLUMNS, `draws`, `correct`
     size: pl.DataFrame  # CELL: rms and largest |delta_ablate| over prompts and draws, the control included
@@ -104,6 +108,7 @@ def read(paths: Inputs) -> Frames:
         layers=_whole(layers),
         downstream=_whole(downstream).filter(pl.col("downstream_component").is_in(COMPONENTS)),
         later_heads=downstream.filter(pl.col("head").is_not_null() & pl.col("downstream_head").is_not_null()),
+        selected_rows=without_control(table(paths.rushing_nanda)),
         clean=clean,
         prompts=prompts,
         size=size,
