@@ -154,14 +154,14 @@ def test_a_clean_run_that_reads_every_position_closes_and_keeps_its_targets(load
     assert runs.serves(given.batches[0].prompts) and not given.serves(runs.batches[0].prompts)
 
 
-def test_the_self_test_compares_random_positions_and_refuses_a_wrong_path(loaded, monkeypatch):
-    choice = selftest.choose(loaded, list(IDS), "all", "every")
+def test_the_self_test_compares_random_positions_and_refuses_a_wrong_path(llama, monkeypatch):
+    choice = selftest.choose(llama, list(IDS), "all", "every")
     assert choice.path == "replay" and choice.error < 1e-9
-    expected = selftest._Expected(loaded, list(IDS), "all", "every")
+    expected = selftest._Expected(llama, list(IDS), "all", "every")
     assert [len(at) for at in expected.compared] == [selftest._POSITIONS] * 2
     monkeypatch.setattr(selftest, "ablate", _without_middle(ablate))
     with pytest.raises(Exception, match="no way of running ablations"):
-        selftest.choose(loaded, list(IDS), "all", "every")
+        selftest.choose(llama, list(IDS), "all", "every")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
