@@ -521,6 +521,18 @@ def test_heads_in_words() -> None:
     )
 
 
+def test_control_characters_reach_neither_picture_nor_page() -> None:
+    """vl-convert would abort the process at a NUL in a text that it draws."""
+    raw = "a\0b\x1b[31m\x0b\x7f\x85\ufffe c"
+    shown = pl.DataFrame({"t": [raw]}).select(frames.drawable(pl.col("t")))["t"][0]
+    assert shown == "a\\x00b\\x1b[31m\\x0b\\x7f\\x85\\ufffe c"
+    drawing = alt.Chart(alt.NamedData("t")).mark_text().encode(text=alt.Text("t:N"))
+    svg = vl_convert.vegalite_to_svg(figure.specification(drawing, {"t": [{"t": shown}]}))
+    assert "a\\x00b" in svg
+    text = embedding.script_json({"a": raw})
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f]", text) and json.loads(text) == {"a": raw}
+
+
 def test_script_json_cannot_close_its_element() -> None:
     text = embedding.script_json({"a": "</script><!-- \u2028"})
     assert "<" not in text

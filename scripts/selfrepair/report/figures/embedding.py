@@ -16,6 +16,7 @@ from selfrepair.planning import grid
 from selfrepair.storage import atomic
 from selfrepair.storage.damage import removal
 
+_ESCAPED = {code: f"\\u{code:04x}" for code in (ord("<"), *range(127, 160), 0x2028, 0x2029)}
 BUNDLE = "<script>/* Vega, Vega-Lite and vega-embed */\n"
 PAYLOAD = '<script type="application/json" id="figure">'
 
@@ -55,9 +56,12 @@ def bundle_of(page: str | Path) -> str:
 
 
 def script_json(value: Any) -> str:
-    """Return JSON that can stand inside a <script> element: `<` is escaped, so no text can close it."""
+    """Return JSON that can stand inside a <script> element: `<` is escaped, so no text can close it.
+
+    No control character is left: JSON escapes the codes 0 to 31, and the others are escaped here.
+    """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return text.translate(_ESCAPED)
 
 
 def payload_of(page: str | Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from selfrepair.storage.damage import removal
 CELL = ("source", "ablation", "layer", "component")
 SITE = (*CELL, "head")  # `head` is null for a whole contribution
 CONTROL = "self"
+_CONTROL = [chr(code) for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"]
+_ESCAPES = {sign: f"\\x{ord(sign):02x}" for sign in _CONTROL} | {"\ufffe": "\\ufffe", "\uffff": "\\uffff"}
 TEXT = 110  # characters of a prompt in a tooltip, from its end: the last position is where effects are read
 
 
@@ -86,8 +88,8 @@ class Frames:
         """One row per source prompt for tooltips: `key` (source:prompt), `text`, `target`."""
         return self.clean.select(
             key=pl.format("{}:{}", "source", "prompt"),
-            text=_end_of_text(pl.col("text")),
-            target=pl.col("target_text"),
+            text=_end_of_text(drawable(pl.col("text"))),
+            target=drawable(pl.col("target_text")),
         )
 
 
@@ -148,6 +150,11 @@ def _with_texts(paths: Inputs) -> pl.DataFrame:
         clean = table(path)
         parts.append(clean.join(texts[clean["source"][0]], on="prompt", how="left", maintain_order="left"))
     return pl.concat(parts)
+
+
+def drawable(text: pl.Expr) -> pl.Expr:
+    """Return a text with its control characters as escapes: in XML they are errors, and vl-convert aborts at them."""
+    return text.str.replace_many(list(_ESCAPES), list(_ESCAPES.values()))
 
 
 def _end_of_text(text: pl.Expr) -> pl.Expr:
