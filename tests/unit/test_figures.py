@@ -164,7 +164,7 @@ def test_sampling_is_stated_and_the_data_are_whole(
     shown = build("scatter-all-layers", data)
     drawn = pl.read_csv(io.StringIO(shown.spec["datasets"]["points"]))
     assert drawn.filter(pl.col("source") == SOURCE)["prompt"].n_unique() == 4
-    assert "Points show 4 prompts per source; the data file has all." in shown.caption
+    assert "Points show 4 of 10 prompts per source, evenly spaced; the data file has all." in shown.caption
     assert shown.data.height == points.data(data).height
 
 
