@@ -9,7 +9,7 @@
 #     downstream_heads/source={source}/ablation={ablation}/layer={layer}.parquet     beside a cell, if heads are ablated
 #     {averages,selections}/source={source}/ablation={ablation}/layer={layer}.parquet  beside a cell, with `read: every`
 #     manifest.parquet                                  the cells of the current configuration, with their digests
-#     numerics.parquet  summary/{layers,verdicts,downstream,ablations,audit,selections}.parquet
+#     numerics.parquet  summary/{layers,verdicts,downstream,ablations,audit,selections,rushing_nanda}.parquet
 #     figures/{figure}.{html,svg,png,parquet}
 #     report.html
 #     logs/{rule}/...
