@@ -1,6 +1,6 @@
 """The accounting of one ablation: every equation of the method, as functions of tensors.
 
-All quantities are centred logits of the target token at the last position; changes are ablated minus clean.
+All quantities are centred logits of the target token at the position that is read; changes are ablated minus clean.
 Shapes: `row` stands for one ablated run (a prompt and a draw), `layer` for the model's layers, from 0.
 """
 

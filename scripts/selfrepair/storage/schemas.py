@@ -1,6 +1,6 @@
 """Schemas of the tokens and clean tables. The columns of the effects table are in `effects/columns.py`.
 
-The column meanings are those of docs/method.md. Logits are centred over the vocabulary and taken before any soft-cap.
+The column meanings are those of docs/glossary.md. Logits are centred over the vocabulary and taken before any soft-cap.
 Changes are ablated minus clean. Layers count from 0.
 """
 

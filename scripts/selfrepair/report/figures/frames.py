@@ -19,7 +19,7 @@ SITE = (*CELL, "head")  # `head` is null for a whole contribution
 CONTROL = "self"
 _CONTROL = [chr(code) for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"]
 _ESCAPES = {sign: f"\\x{ord(sign):02x}" for sign in _CONTROL} | {"\ufffe": "\\ufffe", "\uffff": "\\uffff"}
-TEXT = 110  # characters of a prompt in a tooltip, from its end: the last position is where effects are read
+TEXT = 110  # characters of a prompt in a tooltip, from its end, where effects are read by default
 
 
 @dataclass(frozen=True)
