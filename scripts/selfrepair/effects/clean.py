@@ -137,11 +137,9 @@ def clean_run(
     residual: dict[int, Tensor] = {}
     kept_contributions: dict[Site, Tensor] = {}
 
+    # The last layer then has activations at one position, which stands for all in the hooks.
     trimmed = positions == "last" and trimming.is_exact(loaded)
-
-    def computed(number: int) -> int:
-        """Return at how many positions the contributions of a layer are computed."""
-        return 1 if trimmed and number == n_layers - 1 else length
+    d_model = loaded.adapter.d_model
 
     def kept(x: Tensor) -> Tensor:
         # Cloned: some models add into the tensors that hooks are given.
@@ -160,7 +158,7 @@ def clean_run(
         multiplier = loaded.layer(site.layer).multiplier
 
         def see(output: object) -> None:
-            value = hooks.first(output).reshape(batch, computed(site.layer), -1).expand(batch, length, -1)
+            value = hooks.first(output).reshape(batch, -1, d_model).expand(batch, length, -1)
             if multiplier != 1.0:
                 value = value * multiplier
             readings.note(site, value)
@@ -178,7 +176,7 @@ def clean_run(
         split = loaded.heads(number)
 
         def see(x: Tensor) -> None:
-            parts = x.reshape(batch, computed(number), split.n_heads, split.width)
+            parts = x.reshape(batch, -1, split.n_heads, split.width)
             parts = parts.expand(batch, length, -1, -1)
             if read == "last":
                 heads_at_last[number] = parts[:, -1].to(loaded.device, loaded.readout.dtype)
@@ -196,7 +194,7 @@ def clean_run(
         assert norm is not None
 
         def see(x: Tensor) -> None:
-            value = x.reshape(batch, computed(number), -1).expand(batch, length, -1)
+            value = x.reshape(batch, -1, d_model).expand(batch, length, -1)
             scales[number] = norm.sigma(value[:, at].flatten(0, 1).to(norm.gain))
 
         return see
@@ -290,7 +288,7 @@ class _Readings:
         # their own logits tie and flip in the last bit.
         last = final[:, -1].to(at_read)
         argmax, chosen, probability, error = _read(self._readout, at_read, target, own)
-        if len(own) < len(at_read):  # several readings per prompt
+        if final.shape[1] > 1:  # the readings are not, or not only, at the last position
             error = _read(self._readout, last, None, own)[3]
         direction = self._readout.direction(chosen, at_read)
         clean_y, _ = self._readout.centred_logit(at_read, direction)
