@@ -183,6 +183,16 @@ def verified(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
     return table
 
 
+def of_cell(path: str | os.PathLike[str], schema: pa.Schema, cell: Cell) -> pa.Table:
+    """Read another file of `cell` as `verified` does. Raises InputError if it belongs to another cell."""
+    table = verified(path, schema)
+    config = tables.metadata_of(table.schema).get("config") or {}
+    keys = (*_KEYS, "layer")
+    if [config.get(key) for key in keys] != [getattr(cell, key) for key in keys]:
+        raise foreign(path, f"does not belong to {cell.path}")
+    return table
+
+
 def foreign(path: str | os.PathLike[str], what: str) -> InputError:
     """Return the error for a file of results/ that does not belong to the others: `what` is wrong with it."""
     remedy = f"{removal(path)} and run the same command again: only this file is computed again."

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from selfrepair.analysis.cells import Cell, foreign, verified
+from selfrepair.analysis.cells import Cell, foreign, of_cell
 from selfrepair.analysis.contribution import Contribution
 from selfrepair.analysis.crossed import Moments
 from selfrepair.analysis.downstream import DOWNSTREAM, Changes, changes_table
@@ -38,11 +38,8 @@ def read_later_heads(path: str | os.PathLike[str], cell: Cell) -> LaterHeads:
 
     Raises DamagedFileError if the contents are not what was written, InputError if they belong to another cell.
     """
-    table = verified(path, DOWNSTREAM_HEADS)
+    table = of_cell(path, DOWNSTREAM_HEADS, cell)
     facts = tables.metadata_of(table.schema)
-    config = facts.get("config") or {}
-    if [config.get(key) for key in _CELL] != [getattr(cell, key) for key in _CELL]:
-        raise foreign(path, f"does not belong to {cell.path}")
     component = np.asarray(table["component"].cast(pa.string()).to_pylist(), dtype=object)
     ablated = pc.fill_null(table["head"], -1).to_numpy()
     sites: dict[tuple[str, int | None], slice] = {}
@@ -65,9 +62,6 @@ def read_later_heads(path: str | os.PathLike[str], cell: Cell) -> LaterHeads:
         statistics,
         bool(facts.get("heads_add_up")),
     )
-
-
-_CELL = ("experiment", "model", "source", "ablation", "layer")
 
 
 def downstream_heads_table(contribution: Contribution, later: LaterHeads) -> pa.Table:

@@ -15,7 +15,7 @@ KEYS: list[tuple[str, pa.DataType]] = [
     ("head", pa.int16()),
 ]
 _ORDER = (
-    *("source", "ablation", "layer", "component", "head", "subset", "dataset", "selection", "top"),
+    *("source", "ablation", "layer", "component", "head", "subset", "dataset", "selection", "quantile"),
     *("downstream_layer", "downstream_component", "downstream_head"),
 )
 

@@ -4,7 +4,7 @@ Cells are read one at a time and reduced at once, so memory does not grow with t
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from selfrepair.analysis import audit, layers, verdicts
 from selfrepair.analysis.ablation_table import ABLATIONS, AblationTotals
-from selfrepair.analysis.cells import CONTROL, Cell, foreign, read_cell, read_clean, verified
+from selfrepair.analysis.cells import CONTROL, Cell, foreign, of_cell, read_cell, read_clean
 from selfrepair.analysis.conditions import Conditions
 from selfrepair.analysis.contribution import contributions
 from selfrepair.analysis.downstream import DOWNSTREAM, downstream_table
@@ -37,7 +37,7 @@ def run(job: Job, session: object) -> None:
     """Write `numerics` and every table of grid.SUMMARY_TABLES.
 
     Inputs: `cells` (with `read: every` the averages over positions), `clean`, `tokens`, with `read: every`
-    `selections` and, if heads are ablated, `downstream_heads` (lists of paths, the last in the order of the cells).
+    `selections` and, if heads are ablated, `downstream_heads` (lists of paths; the last two in the order of the cells).
 
     Params: experiment, model, seed (of the bootstrap). Raises DamagedFileError if a file's contents are not what was
     written, and InputError for cells that are missing, not finite, or of another experiment, model or clean table.
@@ -56,10 +56,13 @@ def run(job: Job, session: object) -> None:
 
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("layers", "estimates", "audit")}
     downstream: list[pa.Table] = []
+    selections: list[pa.Table] = []
     stored_mean_errors: dict[tuple[Any, ...], float] = {}
     cells = job.input["cells"]
-    heads = job.input.get("downstream_heads") or [None] * len(cells)
-    for path, path_of_heads in zip(cells, heads, strict=True):
+    heads, selected = (
+        job.input.get(name) or [None] * len(cells) for name in ("downstream_heads", "selections")
+    )
+    for path, path_of_heads, path_of_selections in zip(cells, heads, selected, strict=True):
         cell = read_cell(path)
         if cell.source not in sources:
             raise foreign(
@@ -87,9 +90,12 @@ def run(job: Job, session: object) -> None:
                 source.totals.add(row)
             if cell.ablation == f"replace-{cell.source}":
                 stored_mean_errors[floor_key(row.keys)] = layers.stored_mean_error(row)
+        if path_of_selections is not None:
+            sums = of_cell(path_of_selections, SELECTIONS, cell)
+            if cell.ablation != CONTROL:
+                selections.append(sums)
+                source.add_selections(sums)
 
-    for path in job.input.get("selections") or []:
-        _add_selections(path, sources)
     for source in sources.values():
         source.check_complete()
     for layer in rows["layers"]:
@@ -105,6 +111,7 @@ def run(job: Job, session: object) -> None:
         "ablations": table(
             [row for source in sources.values() for row in source.totals.rows(source.bootstrap)], ABLATIONS
         ),
+        "selections": ordered(selections, SELECTIONS),
         "rushing_nanda": table(
             [row for source in sources.values() for row in source.selected_rows()], RUSHING_NANDA
         ),
@@ -112,7 +119,6 @@ def run(job: Job, session: object) -> None:
             [_numerics(source, rows["audit"], compared) for source in sources.values()], audit.NUMERICS
         ),
     }
-    results["selections"] = _selections(job.input.get("selections") or [])
     metadata = _shared(source.facts for source in sources.values()) | {
         "config": job.params,
         "inputs": cellstore.input_digests(job),
@@ -121,12 +127,6 @@ def run(job: Job, session: object) -> None:
     }
     for name, result in results.items():
         tables.write(job.output[name], result, None, metadata)
-
-
-def _selections(paths: Sequence[str]) -> pa.Table:
-    """Return the sums over selected rows of all cells but the control's."""
-    joined = (verified(path, SELECTIONS) for path in paths)
-    return ordered([one for one in joined if str(one["ablation"][0]) != CONTROL], SELECTIONS)
 
 
 def _numerics(
@@ -146,14 +146,6 @@ def _numerics(
         *(source.name, row["rows"], row["ledger_error_max"], row["noise_floor_rms"], row["effect_rms"]),
     )
     return row
-
-
-def _add_selections(path: str, sources: Mapping[str, "_Source"]) -> None:
-    """Add the sums over selected rows of one cell to its source, if heads were ablated."""
-    selections = tables.read(path)
-    pooled = tables.metadata_of(selections.schema).get(POOLED_KEY)
-    if pooled is not None and str(selections["ablation"][0]) != CONTROL:
-        sources[str(selections["source"][0])].selected.add(selections, unpacked(pooled))
 
 
 class _Source:
@@ -193,6 +185,12 @@ class _Source:
             subset: (at, Bootstrap.draw(len(at), seed_of("bootstrap", seed, *self.keys, self.name, subset)))
             for subset, at in positions.items()
         }
+
+    def add_selections(self, sums: pa.Table) -> None:
+        """Add the sums over selected rows of one cell, if heads were ablated."""
+        pooled = tables.metadata_of(sums.schema).get(POOLED_KEY)
+        if pooled is not None:
+            self.selected.add(sums, unpacked(pooled))
 
     def selected_rows(self) -> list[dict[str, Any]]:
         """Return the rows of RUSHING_NANDA."""
