@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 LOGS = Path(".snakemake/slurm_logs")
+# At least, of a batch job of several jobs: it may hold the last few cells of a larger one, whose minutes do not include
+# the time in which the worker starts and the model is loaded.
+GROUP_MINUTES = 15
 
 
 def options(properties: dict[str, Any]) -> list[str]:
     """Return the options of sbatch for a job or group with these properties."""
-    resources = properties["resources"]
+    resources = dict(properties["resources"])
+    if properties.get("groupid") and "runtime" in resources:
+        resources["runtime"] = max(int(resources["runtime"]), GROUP_MINUTES)
     name = str(properties.get("groupid") or properties["rule"])
     wildcards = [str(value) for value in (properties.get("wildcards") or {}).values()]
     arguments = [
