@@ -89,7 +89,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
     working = _PASS * row_bytes(size.item, size.width, size.widest, size.heads, longest)
     working += longest * 4 * size.vocabulary * 4
     if experiment.read == "every":
-        sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+        sites = _sites(experiment, size)
         disk["averages, selections"] = runs_ablated * (2 * 4 * size.layers + _ROW) + n_cells * (
             sites * _SELECTIONS + 12e3
         )
@@ -120,7 +120,7 @@ def held_rows_bytes(experiment: Experiment, size: Size, length: float) -> float:
 
     They exist three times while they are put in order.
     """
-    sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+    sites = _sites(experiment, size)
     rows = experiment.samples * experiment.draws * sites * _positions_read(experiment, length)
     return 3 * rows * 4 * (2 * size.layers + _SCALARS)
 
@@ -139,7 +139,7 @@ def _distributions(
 
     The draws of a prompt share the clean distribution.
     """
-    sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+    sites = _sites(experiment, size)
     positions = sum(_positions_read(experiment, lengths[name]) for name in experiment.datasets)
     runs = sum(grid.draws(experiment, ablation) + 1 for ablation in grid.ablations(experiment))
     readings = experiment.samples * positions * runs * sites * len(layers)
@@ -148,7 +148,7 @@ def _distributions(
 
 def _pairs(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:
     """Return the pairs of an ablated site and a later head of one source and ablation."""
-    sites = sum(size.heads if component == HEADS else 1 for component in experiment.components)
+    sites = _sites(experiment, size)
     return sum(sites * (size.layers - layer - 1) * size.heads for layer in layers)
 
 
