@@ -330,10 +330,10 @@ def test_a_worker_whose_job_is_killed_before_it_asks_for_anything_ends_with_the_
     job = bench.job("one", idle_seconds=60)
     starting = (
         "import sys, json; from selfrepair.jobs.worker import address, client\n"
-        "from selfrepair.jobs.devices import Device\n"
+        "from selfrepair.jobs.devices import Device, Lease\n"
         "device = Device('cpu', None)\n"
         "job = json.loads(sys.argv[1]); where = address.address(job['runtime'], device)\n"
-        "client._start(where, job['runtime'], device)\n"
+        "client._start(where, job['runtime'], Lease(device, ()))\n"
     )
     run = (
         "import subprocess, sys, time\nfrom selfrepair.jobs import lifeline\nlifeline.announce_run()\n"

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -468,7 +469,7 @@ def test_no_effect_anywhere_is_a_warning(copy):
 
 def test_the_order_of_the_inputs_does_not_matter_and_the_seed_does(run, summary):
     before = [path.read_bytes() for path in sorted(run.base.glob("summary/*.parquet"))]
-    turned = synthetic.Run(run.plan, run.root, run.base, [], run.clean[::-1], run.cells[::-1], {})
+    turned = replace(run, tokens=run.tokens[::-1], clean=run.clean[::-1], cells=run.cells[::-1])
     summarise(turned)
     assert [path.read_bytes() for path in sorted(run.base.glob("summary/*.parquet"))] == before
     other = summarise(run, seed=1)[0]

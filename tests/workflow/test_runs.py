@@ -1,5 +1,6 @@
 """Whole runs with stand-in stages: order, failures, configurations, and the time that planning takes."""
 
+import contextlib
 import copy
 import os
 import re
@@ -56,13 +57,10 @@ def test_jobs_start_up_while_the_worker_computes(project: Project) -> None:
     run = faults.start(project, "--cores", "4")
 
     def jobs_and_workers() -> tuple[int, int]:
-        children = psutil.Process(run.pid).children(recursive=True)
-        words = {
-            word
-            for child in children
-            for word in child.cmdline()
-            if word.endswith((".effects.py", ".std.py"))
-        }
+        words: set[str] = set()
+        for child in psutil.Process(run.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                words |= {word for word in child.cmdline() if word.endswith((".effects.py", ".std.py"))}
         return len(words), len(project.workers())
 
     faults.wait(lambda: jobs_and_workers() == (4, 1), 200)  # one computes, the others wait for the device

@@ -69,16 +69,21 @@ def cell_key(job: Job) -> str:
     inputs = {
         name: [content_of(path) for path in ([value] if isinstance(value, str) else value)]
         for name, value in job.input.items()
+        if value
     }
     facts = {"stage": job.stage, "params": job.params, "inputs": inputs}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def input_digests(job: Job) -> dict[str, str]:
-    """Return name of input -> digest of its content; for a list of files, one digest of their digests."""
+    """Return name of input -> digest of its content; for a list of files, one digest of their digests.
+
+    An input without files, which an experiment does not have, is left out.
+    """
     return {
         name: content_of(value) if isinstance(value, str) else combine_digests(map(content_of, value))
         for name, value in job.input.items()
+        if value
     }
 
 
