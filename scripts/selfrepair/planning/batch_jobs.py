@@ -16,7 +16,7 @@ SECONDS = 1800.0  # of the cells of one batch job, about
 _CELL_SECONDS = 0.5  # of a cell beside its arithmetic
 _SPEED = {"cpu": 2e11, "other": 2e13}  # operations per second of a typical device
 _LENGTH = 512.0  # tokens of a prompt where the configuration does not state them
-_START_MINUTES = 15.0  # of the worker and the model
+_START_MINUTES = 15.0  # of the worker and the self-test, beside the minutes in which the weights are read
 
 
 class Place(NamedTuple):
@@ -54,7 +54,7 @@ class BatchJobs:
                 chunks = list(self._chunks(cells, experiment, model))
                 for number, chunk in enumerate(chunks):
                     slow = _seconds(chunk, experiment, model, costs.SLOW_DEVICE, 10 * _CELL_SECONDS)
-                    start = _START_MINUTES / len(chunk)
+                    start = (_START_MINUTES + costs.loading_minutes(model)) / len(chunk)
                     ends = accumulate((seconds / 60 + start for seconds in slow), initial=0.0)
                     for cell, minutes in zip(chunk, pairwise(ends), strict=True):
                         places[cell] = Place(f"cells-{experiment.name}-{name}-{number}", minutes)

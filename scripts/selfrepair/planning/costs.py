@@ -210,6 +210,11 @@ SLOW_DEVICE = {"cpu": 2e10, "other": 2e12}
 _LOADING = 1e8  # bytes of weights per second, from a busy network disk
 
 
+def loading_minutes(model: Model) -> float:
+    """Minutes to read the weights."""
+    return size_of(model).weights / _LOADING / 60
+
+
 def memory_mb(model: Model, attempt: int, experiment: Experiment | None = None) -> int:
     """Main memory for a job that loads `model`; half as much again on each further attempt.
 
@@ -236,5 +241,5 @@ def minutes(experiment: Experiment, model: Model, stage: str, attempt: int, leng
         seconds = tokens * size.layers * _layer(size, length) / speed + 30
     else:
         tokens = 2.0 * (experiment.samples + experiment.store) * length
-        seconds = tokens * forward_operations(size, length) / speed + size.weights / _LOADING + 300
+        seconds = tokens * forward_operations(size, length) / speed + 60 * loading_minutes(model) + 300
     return int((1 + seconds / 60) * 2 ** (attempt - 1))
