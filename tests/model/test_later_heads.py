@@ -11,7 +11,7 @@ import tinyproject
 import torch
 from selfrepair.analysis import crossed, responsibility
 from selfrepair.analysis.contribution import Contribution
-from selfrepair.effects import reference
+from selfrepair.effects import head_moments, reference
 from selfrepair.effects.ablations import Replace
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.draws import Key
@@ -230,6 +230,44 @@ def test_the_product_for_gpus_gives_the_same_sums():
     assert both[0]["aligned_across"].min() > 1e-3
     for name, values in both[0].items():
         np.testing.assert_allclose(values, both[1][name], atol=1e-12)
+
+
+@pytest.mark.parametrize("by_product", [False, True])
+@pytest.mark.parametrize(
+    "at_once", [1, 16, 17, 70, 200]
+)  # numbers; a row has 8, the draws of a prompt and site 24
+def test_a_bound_on_the_memory_leaves_the_sums_as_they_are(monkeypatch, at_once, by_product):
+    """Sites and draws are divided where one prompt has too many numbers: the later heads and positions of all rows."""
+    generator = torch.Generator().manual_seed(8)
+    change = torch.randn(
+        5, 3, 3, 2, 4, generator=generator, dtype=torch.float64
+    )  # prompt, site, draw, position, head
+    clean = torch.randn(5, 2, 4, generator=generator, dtype=torch.float64)
+    loss = torch.randn(5, 3, 3, 2, generator=generator, dtype=torch.float64)
+    groups = torch.randint(0, 4, (5, 3), generator=generator).numpy()
+    converted = []
+
+    class Counting(HeadMoments):
+        def _add(self, change, *args):
+            converted.append(change.numel())
+            super()._add(change, *args)
+
+    def sums():
+        moments = Counting(3, 4, Design(5, 3, groups), torch.device("cpu"))
+        moments._by_product = by_product
+        moments.add(change, clean, loss, range(5), range(3), range(3))
+        return [moments.columns(site) for site in range(3)]
+
+    whole = sums()
+    assert converted == [change.numel()]
+    converted.clear()
+    monkeypatch.setattr(head_moments, "_AT_ONCE", at_once)
+    divided = sums()
+    assert max(converted) <= max(8, at_once) and sum(converted) == change.numel()
+    for expected, found in zip(whole, divided, strict=True):
+        assert expected["change_within"].min() > 1e-3 and expected["change_across"].min() > 1e-3
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, atol=1e-12, err_msg=name)
 
 
 def test_the_sums_take_the_bytes_that_the_estimate_states():

@@ -4,6 +4,7 @@ Per ablated site and later head a few sums are kept, and one sum per replacement
 number of source prompts nor with that of draws. `head_columns` defines what they are reduced to.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from selfrepair.effects.head_columns import SILENT, VALUES
 
-_AT_ONCE = 1 << 22  # numbers that are reduced at once
+_AT_ONCE = 1 << 22  # numbers that are reduced at once; a single row may have more
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class HeadMoments:
         self._prompt_squares = zeros(len(VALUES), n_sites)  # of the sums of each prompt's rows
         self._best = zeros(n_sites)  # prompts in which the head repairs most
         self._kinds = {name: zeros(n_sites) for name in ("attenuated", "woken")}
-        # Prompts whose draws are not complete: (prompt, first site) -> sums (value, site, head), number of draws.
+        # Prompts whose draws are not complete: (prompt, site) -> sums (value, head), number of draws.
         self._open: dict[tuple[int, int], tuple[Tensor, int]] = {}
         # On a GPU, index_add_ sums in an order that changes from run to run: a product with the indicator does not.
         self._by_product = device.type != "cpu"
@@ -60,11 +61,17 @@ class HeadMoments:
         sites: range,
         draws: range,
     ) -> None:
-        """Add the rows of some prompts, sites and draws. A row's values are means over the positions that are read."""
-        size = max(1, _AT_ONCE // max(1, change[0].numel()))
-        for first in range(0, len(change), size):
-            part = slice(first, first + size)
-            self._add(change[part], clean[part], loss[part], prompts[part], sites, draws)
+        """Add the rows of some prompts, sites and draws. A row's values are means over the positions that are read.
+
+        At most `_AT_ONCE` numbers are converted to float64 at once, or those of one prompt, site and draw.
+        """
+        indicator = len(self._sizes) if self._by_product else 0  # numbers per row, of the product
+        room = _AT_ONCE // max(1, change.shape[3] * change.shape[4], indicator)
+        some_draws = _parts(len(draws), room)
+        some_sites = _parts(len(sites), room // len(draws))
+        some_prompts = _parts(len(prompts), room // (len(draws) * len(sites)))
+        for p, s, d in itertools.product(some_prompts, some_sites, some_draws):
+            self._add(change[p, s, d], clean[p], loss[p, s, d], prompts[p], sites[s], draws[d])
 
     def _add(
         self, change: Tensor, clean: Tensor, loss: Tensor, prompts: range, sites: range, draws: range
@@ -82,18 +89,18 @@ class HeadMoments:
             self._sums[number, at] += values.sum((0, 2))
             self._squares[number, at] += values.square().sum((0, 2))
             if self._groups is not None:
-                self._groups[number, at] += self._by_group(values, prompts, draws)
+                self._add_by_group(self._groups[number, at], values, prompts, draws)
         by_prompt = torch.stack([change.sum(2), aligned.sum(2)])  # (value, prompt, site, head)
         if len(draws) == self.design.n_draws:
             self._close(by_prompt, at)
             return
-        for number, prompt in enumerate(prompts):
-            sums, count = self._open.pop((prompt, sites.start), (torch.zeros_like(by_prompt[:, number]), 0))
-            sums, count = sums + by_prompt[:, number], count + len(draws)
+        for (p, prompt), (n, site) in itertools.product(enumerate(prompts), enumerate(sites)):
+            sums, count = self._open.pop((prompt, site), (torch.zeros_like(by_prompt[:, p, n]), 0))
+            sums, count = sums + by_prompt[:, p, n], count + len(draws)
             if count == self.design.n_draws:
-                self._close(sums[:, None], at)
+                self._close(sums[:, None, None], slice(site, site + 1))
             else:
-                self._open[prompt, sites.start] = sums, count
+                self._open[prompt, site] = sums, count
 
     def _close(self, sums: Tensor, at: slice) -> None:  # (value, prompt, site, head)
         """Add the sums over all draws of some prompts."""
@@ -104,17 +111,25 @@ class HeadMoments:
             best = torch.zeros_like(aligned).scatter_(-1, head, (largest > 0).to(aligned.dtype))
             self._best[at] += best.sum(0)
 
-    def _by_group(self, values: Tensor, prompts: range, draws: range) -> Tensor:  # -> (site, group, head)
+    def _add_by_group(
+        self,
+        totals: Tensor,  # (site, group, head), changed in place
+        values: Tensor,  # (prompt, site, draw, head)
+        prompts: range,
+        draws: range,
+    ) -> None:
+        """Add the rows' values to the totals of their replacement prompts."""
         assert self.design.groups is not None
         group = self.design.groups[prompts.start : prompts.stop, draws.start : draws.stop]
         index = torch.from_numpy(np.ascontiguousarray(group).reshape(-1)).to(values.device)
         flat = values.transpose(0, 1).flatten(1, 2)  # (site, row, head)
         if not self._by_product:
-            totals = values.new_zeros(len(flat), len(self._sizes), flat.shape[-1])
-            return totals.index_add_(1, index, flat)
+            totals.index_add_(1, index, flat)
+            return
         indicator = values.new_zeros(len(self._sizes), len(index))
         indicator[index, torch.arange(len(index), device=index.device)] = 1.0
-        return indicator @ flat
+        for total, rows in zip(totals, flat, strict=True):
+            total.addmm_(indicator, rows)
 
     def columns(self, site: int) -> dict[str, np.ndarray]:
         """Return every column of `head_columns.STATISTICS` of one site, (head,) each. All rows must have been added."""
@@ -144,3 +159,9 @@ class HeadMoments:
         columns["propagated"] = columns["aligned_mean"] - columns["attenuated"] - columns["woken"]
         columns["agreement"] = self._best[site].cpu().double().numpy() / prompts
         return columns
+
+
+def _parts(n: int, size: int) -> list[slice]:
+    """Return the slices that divide n elements into parts of at most `size`, or of 1."""
+    size = max(1, size)
+    return [slice(first, min(n, first + size)) for first in range(0, n, size)]
