@@ -137,6 +137,12 @@ def test_averages_and_selections_reduce_all_rows(project):
         for name in (*names(EFFECT), "sigma_ratio", "kl"):
             np.testing.assert_allclose(means[name], expected[name], atol=1e-5, err_msg=name)
         assert means["replacement"].equals(expected["replacement"])
+        delta = pl.col("delta_ablate").cast(pl.Float64)
+        sizes = rows.group_by(keys, maintain_order=True).agg(
+            delta_ablate_rms=delta.pow(2).mean().sqrt(), delta_ablate_max=delta.abs().max()
+        )
+        for name in ("delta_ablate_rms", "delta_ablate_max"):
+            np.testing.assert_allclose(means[name], sizes[name], rtol=1e-5, err_msg=name)
         assert (means["positions"] == LENGTH - 1).all() and means["ledger_error"].max() < 1e-4
         everything = cell(project, "full", ablation, "selections").filter(
             (pl.col("selection") == "delta_unembed") & (pl.col("quantile") == 1)
@@ -170,9 +176,10 @@ def test_the_summary_uses_all_rows_whatever_is_kept(project):
     assert row["prompts"].item() == N
     assert row["delta_ablate_mean"].item() == pytest.approx(rows["delta_ablate"].mean(), abs=1e-5)
     audit = pl.read_parquet(project / grid.summary_path("full", "tiny", "audit"))
-    assert audit.filter((pl.col("ablation") == "replace-b") & (pl.col("component") == "attn"))[
-        "rows"
-    ].item() == len(rows)
+    audited = audit.filter((pl.col("ablation") == "replace-b") & (pl.col("component") == "attn"))
+    assert audited["rows"].item() == len(rows)
+    rms = np.sqrt(np.square(rows["delta_ablate"].to_numpy().astype(float)).mean())
+    assert audited["effect_rms"].item() == pytest.approx(rms, rel=1e-5)
 
 
 def test_later_heads_are_means_over_all_positions(project):

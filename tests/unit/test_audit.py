@@ -10,8 +10,12 @@ import pytest
 import synthetic
 from selfrepair.analysis import audit
 from selfrepair.analysis.ablation_table import crossing
+from selfrepair.analysis.cells import Cell
+from selfrepair.analysis.contribution import contributions
 from selfrepair.analysis.crossed import Design
 from selfrepair.analysis.layers import stored_mean_error
+from selfrepair.effects import selections
+from selfrepair.effects.columns import DIAGNOSTIC, EFFECT, names
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.stages import summary as stage
 
@@ -98,7 +102,8 @@ def planted(**changes):
         "unembed_mean": 1.0,
         "replacement_share": 0.0,
     }
-    return [row | {"ablation": "self", "effect_rms": 1e-6}, row | changes]
+    rows = [row | {"ablation": "self", "effect_rms": 1e-6}, row | changes]
+    return [{"rms_of_means": row["effect_rms"]} | row for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -174,12 +179,47 @@ def test_a_tolerance_for_16_bits():
 def test_a_self_test_in_16_bits_is_compared_with_the_largest_rounding(error, warning):
     """The control moves a logit by at most 0.04: up to twice that, engine and full forwards differ by rounding."""
     control, real = planted(selftest_error=error)
-    rows = [control | {"effect_rms": 0.01, "effect_max": 0.04}, real]
+    rows = [control | {"effect_rms": 0.01, "rms_of_means": 0.01, "effect_max": 0.04}, real]
     assert audit.compare(rows, {"s": "bfloat16"})[0]["warning"] == warning
     assert audit.compare(rows, {"s": "float32"})[0]["warning"] == "self-test"
     # The floor of another site of the source counts: the self-test's error is the largest over sites.
     elsewhere = [row | {"layer": 0} for row in (control | {"effect_max": 0.1}, real)]
     assert audit.compare([*rows, *elsewhere], {"s": "bfloat16"})[0]["warning"] is None
+
+
+def every_position(ablation, delta):
+    """Return the audit's row of effects `delta` (prompt, draw, position) at an MLP, with a ledger error of 0.001."""
+    columns = {name: np.zeros_like(delta) for name in names(EFFECT, DIAGNOSTIC)}
+    columns |= {"delta_ablate": delta, "norm_effect": delta - 1e-3, "delta_unembed": np.ones_like(delta)}
+    averaged = selections.averages(columns, np.zeros((len(delta), delta.shape[2])))
+    prompts, draws = (np.arange(n) for n in delta.shape[:2])
+    cell = Cell(
+        *("", "e", "m", "s", ablation, 1, (("mlp", None),), prompts, draws),
+        {name: values[None] for name, values in averaged.items()},
+        *(None, np.zeros((1, *delta.shape[:2], 2, 3)), None, delta.shape[2]),
+    )
+    (row,) = contributions(cell, np.zeros((len(delta), 2, 3)), parallel=False)
+    return audit.audit_row(cell, row, parallel=False, selftest_error=0.04)
+
+
+def test_errors_of_positions_are_compared_with_the_effects_at_positions():
+    """Effects of 3, -3, 1 and -1 logits at four positions: their mean is 0, their rms sqrt(5), their largest 3."""
+    effects = np.broadcast_to([3.0, -3.0, 1.0, -1.0], (2, 1, 4))
+    control = every_position("self", effects * 1e-5)
+    row = every_position("zero", effects)
+    assert (row["effect_rms"], row["effect_max"], row["rms_of_means"]) == pytest.approx((5**0.5, 3, 0))
+    assert row["ledger_error_max"] == pytest.approx(1e-3) and row["rows"] == 8
+    (compared,) = audit.compare([control, row], {"s": "float32"})
+    assert compared["warning"] is None  # 0.001 and 0.04 logits are 0.04 % and 1.8 % of the rms
+    assert compared["noise_floor_rms"] == pytest.approx(1e-5 * 5**0.5)
+    assert compared["floor_of_means"] == pytest.approx(0)
+    small = every_position("zero", effects * 0.1)  # now 0.4 % and 18 %
+    (compared,) = audit.compare([control, small], {"s": "float32"})
+    assert compared["warning"] == "ledger, self-test"
+    # In 16 bits, up to twice the largest rounding of a position: 2 x 3 x 0.01 logits.
+    rough = every_position("self", effects * 0.01)
+    (compared,) = audit.compare([rough, row | {"selftest_error": 0.059}], {"s": "bfloat16"})
+    assert compared["warning"] is None
 
 
 @pytest.mark.parametrize(

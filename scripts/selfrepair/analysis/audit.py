@@ -32,7 +32,7 @@ AUDIT = pa.schema(
     [
         *KEYS,
         ("rows", pa.int64()),
-        ("effect_rms", pa.float64()),  # logits, of delta_ablate
+        ("effect_rms", pa.float64()),  # logits, of delta_ablate; with `read: every` over all positions
         ("noise_floor_rms", pa.float64()),  # logits, of the control at the same source, layer and component
         ("noise_to_effect", pa.float64()),
         (
@@ -96,18 +96,26 @@ def audit_row(cell: Cell, row: Contribution, *, parallel: bool, selftest_error: 
 
     `selftest_error` (logits) is what the cell records of its engine's path; None if it records nothing.
 
-    The key `noise_floor_max` is not a column: the largest |delta_ablate|, for the control.
+    Two keys are not columns (logits): `effect_max`, the largest |delta_ablate|, and `rms_of_means`. With `read: every`
+    the rms and the largest are those of all positions, because errors are the largest of all positions. `rms_of_means`
+    is then the rms of the rows, which are means over positions; otherwise it equals `effect_rms`.
     """
     index = cell.ablated.index((row.keys["component"], row.keys["head"]))
     error = abs(row.drop - row.loss + row.repair + row.norm)
     if "ledger_error" in cell.values:  # the largest of the positions that a row is the mean of
         error = cell.values["ledger_error"][index].astype(np.float64)
     worst = np.unravel_index(error.argmax(), error.shape)
+    rms = largest = abs(row.drop)
+    if "delta_ablate_rms" in cell.values:  # of the positions that a row is the mean of
+        rms, largest = (
+            cell.values[name][index].astype(np.float64) for name in ("delta_ablate_rms", "delta_ablate_max")
+        )
     direct = row.unembed.mean()
     return row.keys | {
         "rows": row.drop.size * cell.positions,
-        "effect_rms": float(np.sqrt(np.square(row.drop).mean())),
-        "effect_max": float(abs(row.drop).max()),
+        "effect_rms": float(np.sqrt(np.square(rms).mean())),
+        "effect_max": float(largest.max()),
+        "rms_of_means": float(np.sqrt(np.square(row.drop).mean())),
         "selftest_error": np.nan if selftest_error is None else selftest_error,
         "ledger_error_max": float(error.max()),
         "ledger_row": cell.row_name(index, int(worst[0]), int(worst[1])),
@@ -136,9 +144,12 @@ def _median(values: np.ndarray) -> float:
 
 
 def compare(rows: Sequence[Row], dtypes: Mapping[str, str | None]) -> list[Row]:
-    """Return the rows of AUDIT of real ablations, compared with the control's. `dtypes`: source -> dtype."""
+    """Return the rows of AUDIT of real ablations, compared with the control's. `dtypes`: source -> dtype.
+
+    The key `floor_of_means` is not a column: `rms_of_means` of the control (logits).
+    """
     control = [row for row in rows if row["ablation"] == CONTROL]
-    floors = {floor_key(row): row["effect_rms"] for row in control}
+    floors = {floor_key(row): row for row in control}
     largest: dict[str, float] = {}
     for row in control:
         largest[row["source"]] = max(row["effect_max"], largest.get(row["source"], 0.0))
@@ -149,22 +160,23 @@ def compare(rows: Sequence[Row], dtypes: Mapping[str, str | None]) -> list[Row]:
     ]
 
 
-def _compared(row: Row, floor: float, largest: float, dtype: str | None) -> Row:
-    """Return a row compared with the control's rms at the same site and its largest effect on the same source."""
+def _compared(row: Row, control: Row, largest: float, dtype: str | None) -> Row:
+    """Return a row compared with the control at the same site and with its largest effect on the same source."""
+    floor, floor_of_means = control["effect_rms"], control["rms_of_means"]
     effect, ratio, selftest = row["effect_rms"], row["norm_ratio_median"], row["selftest_error"]
     off = None
     if row["ablation"] != _REMOVES_ALL and np.isfinite(ratio):
         off = bool(ratio > MAX_NORM_RATIO or ratio < 1 / MAX_NORM_RATIO)
-    clear = abs(row["unembed_mean"]) > MIN_LOSS_TO_NOISE * floor
+    clear = abs(row["unembed_mean"]) > MIN_LOSS_TO_NOISE * floor_of_means
     messages = []
     tolerance = LEDGER_TOLERANCE_16_BIT if dtype in _16_BIT else LEDGER_TOLERANCE
     # Errors are also compared with the floor: rounding of a near-zero effect is no broken ledger.
-    size = max(effect, floor)
+    size, size_of_means = max(effect, floor), max(row["rms_of_means"], floor_of_means)
     if row["ledger_error_max"] > tolerance * size:
         messages.append("ledger")
-    if row["downstream_error_max"] > LEDGER_TOLERANCE * size:
+    if row["downstream_error_max"] > LEDGER_TOLERANCE * size_of_means:
         messages.append("downstream")
-    if row.get("heads_error", np.nan) > tolerance * size:
+    if row.get("heads_error", np.nan) > tolerance * size_of_means:
         messages.append("heads")
     if floor > NOISE_TOLERANCE * effect:
         messages.append("noise")
@@ -173,6 +185,7 @@ def _compared(row: Row, floor: float, largest: float, dtype: str | None) -> Row:
         messages.append("self-test")
     return row | {
         "noise_floor_rms": floor,
+        "floor_of_means": floor_of_means,
         "noise_to_effect": floor / effect if effect else np.nan,
         "selftest_to_effect": selftest / effect if effect else np.nan,
         "off_manifold": off,
@@ -261,11 +274,12 @@ def _warnings(rows: Sequence[Row], compared: Sequence[Row]) -> list[str]:
         warned = [row for row in compared if kind in (row["warning"] or "").split(", ")]
         if not warned:
             continue
-        worst = max(warned, key=lambda row: row[column] / (row["effect_rms"] or np.inf))
+        size = "rms_of_means" if kind == "downstream" else "effect_rms"
+        worst = max(warned, key=lambda row: row[column] / (row[size] or np.inf))
         where = worst["ledger_row"] if kind == "ledger" else _name(worst)
         messages.append(
             f"{sentence} by {worst[column]:.3g} logits at {where}, where the effects' rms is "
-            f"{worst['effect_rms']:.3g} ({len(warned)} of {len(compared)} contributions)"
+            f"{worst[size]:.3g} ({len(warned)} of {len(compared)} contributions)"
         )
     return messages
 

@@ -130,9 +130,9 @@ def read_cell(path: str | os.PathLike[str]) -> Cell:
 
 
 def _is_averages(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file has the columns of averages over positions."""
+    """Return whether a file has columns of averages over positions."""
     try:
-        return set(EXTRA) <= set(tables.column_names(path))
+        return not set(EXTRA).isdisjoint(tables.column_names(path))
     except FileNotFoundError:
         return False  # reported when it is read
 

@@ -15,6 +15,9 @@ EXTRA = {
     "own_loss": "mean over positions of u(a) - s u(replacement), with s = sigma_clean / sigma_ablated",
     "own_repair": "mean over positions of the sum over downstream c of s u(c ablated) - u(c)",
     "ledger_error": "largest |delta_ablate - its four terms| of the positions",
+    # The audit compares errors of single positions with these. A mean of effects that cancel would be smaller.
+    "delta_ablate_rms": "root mean square over positions of delta_ablate",
+    "delta_ablate_max": "largest |delta_ablate| of the positions",
 }
 AVERAGES = pa.schema(
     [

@@ -160,6 +160,8 @@ def averages(
         "own_loss": (unembed - scale * (unembed + value["direct_effect"])).mean(2),
         "own_repair": ((scale - 1) * clean[:, None] + scale * repair).mean(2),
         "ledger_error": abs(value["delta_ablate"] - terms).max(2),
+        "delta_ablate_rms": np.sqrt(np.square(value["delta_ablate"]).mean(2)),
+        "delta_ablate_max": abs(value["delta_ablate"]).max(2),
     }
 
 

@@ -102,7 +102,7 @@ def run(job: Job, session: object) -> None:
         if layer["ablation"] == "mean" and layer["subset"] == "all":
             layer["stored_mean_error"] = stored_mean_errors.get(floor_key(layer))
     compared = audit.compare(rows["audit"], {name: s.facts.get("dtype") for name, s in sources.items()})
-    floors = {floor_key(row): row["noise_floor_rms"] for row in compared}
+    floors = {floor_key(row): row["floor_of_means"] for row in compared}
     results = {
         "layers": table(rows["layers"], layers.LAYERS),
         "verdicts": table(verdicts.classify(rows["estimates"], floors), verdicts.VERDICTS),
