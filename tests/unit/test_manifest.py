@@ -48,18 +48,19 @@ def test_every_cell_is_listed_with_its_digest(plan: Plan) -> None:
         assert row["content_sha256"] == tables.read_metadata(str(row["path"]))["content_sha256"]
 
 
-def test_the_changes_of_later_heads_are_listed_beside_their_cell(plan: Plan) -> None:
+@pytest.mark.parametrize("kind", grid.EXTRA_FILES)
+def test_the_other_files_of_a_cell_are_listed_beside_it(plan: Plan, kind: str) -> None:
     cells = [write_cell(cell) for cell in CELLS]
-    heads = [write_cell(cell, grid.extra_path(grid.DOWNSTREAM_HEADS, *cell)) for cell in CELLS]
-    inputs = {"cells": cells, "downstream_heads": heads}
+    files = [write_cell(cell, grid.extra_path(kind, *cell)) for cell in CELLS]
+    inputs = {"cells": cells, kind: files}
     manifest.run(Job("manifest", inputs, {"manifest": "manifest.parquet"}, {}), None)
     rows = tables.read("manifest.parquet").to_pylist()
-    assert [(row["path"], row["downstream_heads_path"]) for row in rows] == list(
-        zip(cells, heads, strict=True)
-    )
-    digests = [tables.read_metadata(path)["content_sha256"] for path in heads]
-    assert [row["downstream_heads_sha256"] for row in rows] == digests
-    write_cell(CELLS[0], heads[1])
+    assert [(row["path"], row[f"{kind}_path"]) for row in rows] == list(zip(cells, files, strict=True))
+    digests = [tables.read_metadata(path)["content_sha256"] for path in files]
+    assert [row[f"{kind}_sha256"] for row in rows] == digests
+    others = set(grid.EXTRA_FILES) - {kind}
+    assert all(row[f"{other}_path"] is None for row in rows for other in others)
+    write_cell(CELLS[0], files[1])
     with pytest.raises(InputError, match="which belongs elsewhere"):
         manifest.run(Job("manifest", inputs, {"manifest": "manifest.parquet"}, {}), None)
     assert [str(path) for path in verify.cells_below([Path("results")])] == sorted(cells)

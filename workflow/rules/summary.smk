@@ -1,6 +1,8 @@
 rule manifest:
     input:
         cells=PLAN.cells_of,
+        averages=PLAN.averages_of,
+        selections=PLAN.selections_of,
         downstream_heads=PLAN.downstream_heads_of,
     output:
         manifest=grid.manifest_path("{experiment}", "{model}"),

@@ -18,6 +18,7 @@ RESULTS = "results"
 DOWNSTREAM_HEADS = "downstream_heads"  # a file of a cell: the changes of later heads
 AVERAGES, SELECTIONS = "averages", "selections"
 POSITION_FILES = (AVERAGES, SELECTIONS)  # the files of a cell with `read: every`
+EXTRA_FILES = (*POSITION_FILES, DOWNSTREAM_HEADS)  # all files that a cell may have beside its rows
 SUMMARY_TABLES = ("layers", "verdicts", "downstream", "ablations", "audit", "selections", "rushing_nanda")
 
 

@@ -151,9 +151,13 @@ class Plan:
         """Return the sums over selected rows of the cells of one experiment and model, if they have any."""
         return self._extra_files_of(wildcards, grid.SELECTIONS)
 
+    def averages_of(self, wildcards: Wildcards) -> list[str]:
+        """Return the averages over positions of the cells of one experiment and model, if they have any."""
+        return self._extra_files_of(wildcards, grid.AVERAGES)
+
     def analysed_of(self, wildcards: Wildcards) -> list[str]:
         """Return the files whose rows are analysed: the averages over positions if there are any, else the cells."""
-        return self._extra_files_of(wildcards, grid.AVERAGES) or self.cells_of(wildcards)
+        return self.averages_of(wildcards) or self.cells_of(wildcards)
 
     def _extra_files_of(self, wildcards: Wildcards, kind: str) -> list[str]:
         experiment = self._experiment(wildcards)

@@ -7,8 +7,7 @@ from selfrepair.planning import grid
 from selfrepair.planning.plan import Plan
 
 _FOLDERS = (
-    grid.DOWNSTREAM_HEADS,
-    *grid.POSITION_FILES,
+    *grid.EXTRA_FILES,
     "tokens",
     "clean",
     "activations",

@@ -194,13 +194,21 @@ def _contributions(kind: Mapping[str, Any]) -> str:
     return f"{kind['attn']} + {kind['mlp']}{times}{parallel} (layers {layers})"
 
 
+def _written(path: str, words: str) -> list[tuple[str, str]]:
+    """Return the entry of a table in the list of files; none if the experiment has no rows for it."""
+    return [(path, words)] if tables.read(path, ["experiment"]).num_rows else []
+
+
 def _files(inputs: Mapping[str, Any], page: str) -> list[tuple[str, str]]:
     files = [
         (inputs["verdicts"], "the verdict on every contribution"),
         (inputs["layers"], "effects per layer with intervals"),
         (inputs["downstream"], "change of each later contribution"),
-        (inputs["rushing_nanda"], "self-repair of heads over selected rows"),
-        (inputs["numerics"], "the audit"),
+        (inputs["ablations"], "where each ablation's cluster crosses the diagonal"),
+        (inputs["audit"], "the checks per ablated contribution"),
+        *_written(inputs["selections"], "sums over the rows with the largest effects"),
+        *_written(inputs["rushing_nanda"], "self-repair of heads over selected rows"),
+        (inputs["numerics"], "the audit per data set"),
         *((path, "clean runs, one row per prompt") for path in inputs["clean"]),
         *((path, "the prompts, tokenized") for path in inputs["tokens"]),
     ]

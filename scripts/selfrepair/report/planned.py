@@ -32,6 +32,7 @@ DISK = {
     "activations": ("activations", "std.safetensors"),
     "clean runs": ("clean",),
     "cells": ("effects",),
+    "averages, selections": ("averages", "selections"),
     "changes of later heads": ("downstream_heads",),
     "summary, figures, report": ("summary", "figures", "numerics.parquet", "manifest.parquet", "report.html"),
 }

@@ -54,10 +54,12 @@ MANIFEST = pa.schema(
         ("layer", pa.int16()),
         ("path", pa.string()),  # relative to the directory of the run
         ("content_sha256", pa.string()),  # the digest in the cell's metadata
-        (
-            "downstream_heads_path",
-            pa.string(),
-        ),  # the cell's changes of later heads; null unless heads are ablated
+        # The cell's other files and their digests; null where the experiment has none.
+        ("averages_path", pa.string()),
+        ("averages_sha256", pa.string()),
+        ("selections_path", pa.string()),
+        ("selections_sha256", pa.string()),
+        ("downstream_heads_path", pa.string()),
         ("downstream_heads_sha256", pa.string()),
     ]
 )

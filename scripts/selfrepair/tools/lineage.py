@@ -25,7 +25,7 @@ from selfrepair.storage import contents, tables
 _SHOWN = ("versions", "engine", "device", "device_name", "dtype", "model_weights", "counts", "tokenizer")
 _FOLDERS = (
     *("tokens", "clean", "activations", "effects", "figures"),
-    *(grid.DOWNSTREAM_HEADS, *grid.POSITION_FILES),
+    *grid.EXTRA_FILES,
 )
 
 

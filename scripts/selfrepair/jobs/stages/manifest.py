@@ -1,6 +1,6 @@
 """Stage `manifest`: the cells of the current configuration, for readers that must not read cells of earlier ones.
 
-Input: `cells` and `downstream_heads` (lists of paths; the second is empty unless heads are ablated).
+Input: `cells`, and `averages`, `selections` and `downstream_heads` (lists of paths, empty if cells have no such file).
 Output `manifest`: selfrepair.storage.schemas.MANIFEST, one row per cell in the order of the input.
 Params: experiment, model.
 """
@@ -20,9 +20,10 @@ def run(job: Job, session: object) -> None:
     for path in job.input["cells"]:
         cell, digest = _checked(path, "cell")
         rows[cell] = {**cell._asdict(), "path": path, "content_sha256": digest}
-    for path in job.input.get("downstream_heads", ()):
-        cell, digest = _checked(path, "downstream_heads")
-        rows[cell] |= {"downstream_heads_path": path, "downstream_heads_sha256": digest}
+    for kind in grid.EXTRA_FILES:
+        for path in job.input.get(kind, ()):
+            cell, digest = _checked(path, kind)
+            rows[cell] |= {f"{kind}_path": path, f"{kind}_sha256": digest}
     columns = {name: [row.get(name) for row in rows.values()] for name in schemas.MANIFEST.names}
     tables.write(job.output["manifest"], columns, schemas.MANIFEST, {"config": job.params})
 
@@ -33,7 +34,7 @@ def _checked(path: str, name: str) -> tuple[grid.Cell, str]:
     config = facts.get("config") or {}
     values: list[Any] = [config.get(key) for key in ("experiment", "model", "source", "ablation", "layer")]
     cell = grid.Cell(*values)
-    if grid.cell_files(*cell, kinds=[grid.DOWNSTREAM_HEADS])[name] != path:
+    if grid.cell_files(*cell, kinds=grid.EXTRA_FILES)[name] != path:
         raise InputError(
             f"holds the cell {' / '.join(map(str, cell))}, which belongs elsewhere",
             where=path,
