@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import faults
 import pytest
@@ -16,6 +17,7 @@ from selfrepair.errors import InputError
 from selfrepair.jobs import devices
 from selfrepair.jobs.devices import Device
 from selfrepair.jobs.job import Job
+from selfrepair.jobs.worker import address
 from stubproject import CONFIG, Project
 from test_worker import Bench
 
@@ -114,6 +116,43 @@ def test_a_large_model_leases_its_devices_together(tmp_path: Path) -> None:
     assert other.device() == "pretended-4"
     for holder in (third, other):
         holder.release()
+
+
+def test_devices_that_are_free_together_are_preferred_to_waiting(tmp_path: Path) -> None:
+    several = [Holder(tmp_path, "m", number=4) for _ in range(3)]
+    names = {holder.device(): holder for holder in several}
+    assert sorted(names) == ["pretended-0", "pretended-1", "pretended-2"]
+    names["pretended-0"].release()
+    names["pretended-2"].release()
+    time.sleep(2.5)  # longer than a device is kept for jobs of the model that it was used for
+    large = Holder(tmp_path, "large", number=4, at_once=2)
+    assert large.device() == "pretended-2,pretended-3"
+    for holder in (names["pretended-1"], large):
+        holder.release()
+
+
+def test_a_lease_survives_the_removal_of_stale_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.PRETEND, "1")
+    runtime = {"device": "auto", "devices": 1, "model": "m"}
+    with devices.leased(Job("effects", {}, {}, {"experiment": "e", "source": "a"}, runtime), tmp_path):
+        (path,) = tmp_path.glob("device-*.lease")
+        os.utime(path, (0, 0))  # leased long ago
+        address.remove_stale_files(tmp_path)
+        other = Holder(tmp_path, number=1)
+        assert path.exists() and other.waits()
+    assert other.device() == "pretended-0"
+    other.release()
+
+
+def test_a_lock_of_a_removed_file_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lock = tmp_path / "x.lease", devices.fcntl.lockf
+
+    def removed_first(*arguments: Any) -> None:
+        path.unlink()
+        lock(*arguments)
+
+    monkeypatch.setattr(devices.fcntl, "lockf", removed_first)
+    assert devices.try_lock(path) is None
 
 
 def test_jobs_with_one_two_and_four_devices_do_not_deadlock(tmp_path: Path) -> None:

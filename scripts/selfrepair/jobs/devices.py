@@ -34,6 +34,9 @@ _POLL_SHARE = 0.01  # of the time waited so far, between later ones, so that wai
 _SAME_SOURCE, _SAME_MODEL, _OTHER_MODEL = 0.0, 0.02, 2.0
 
 
+_HELD: set[Path] = set()  # the lock files of the devices that this process leases
+
+
 class Device(NamedTuple):
     """Devices for one job: a name for PyTorch, the value of CUDA_VISIBLE_DEVICES (None: not set), how many they are."""
 
@@ -81,12 +84,14 @@ def leased(job: Job, directory: Path) -> Iterator[Lease]:
                 for number, of_group in enumerate(ranks)
                 if all(ready for _, ready in of_group)
             )
-            for _, number in candidates:
+            # Several devices: a group that is free as a whole first, else one of which the first device is free.
+            attempts = [(number, wait) for wait in (False, True) for _, number in candidates]
+            for number, wait in attempts if len(groups[0][0]) > 1 else attempts[: len(candidates)]:
                 devices, paths = groups[number]
-                if (lock := try_lock(paths[0])) is None:
+                if (held := _locked(paths, wait)) is None:
                     continue
-                held = [locks.enter_context(lock)]
-                held += [locks.enter_context(_waited(path)) for path in paths[1:]]
+                for lock in held:
+                    locks.enter_context(lock)
                 if len(devices) > 1:
                     gate.close()
                 device = _joined(devices)
@@ -95,13 +100,28 @@ def leased(job: Job, directory: Path) -> Iterator[Lease]:
                     lock.truncate(0)
                     lock.write(json.dumps([*use, device]))
                     lock.flush()
+                _HELD.update(paths)
                 try:
                     yield Lease(device, tuple(sorted(filter(None, previous), key=str)))
                 finally:
+                    _HELD.difference_update(paths)
                     for path in paths:
                         os.utime(path)  # free from now on
                 return
             _pause(started)
+
+
+def _locked(paths: Sequence[Path], wait: bool) -> list[IO[str]] | None:
+    """Return the locked files; None if the first lock is taken, or any other without `wait`."""
+    files: list[IO[str]] = []
+    for path in paths:
+        file = _waited(path) if wait and files else try_lock(path)
+        if file is None:
+            for locked in files:
+                locked.close()
+            return None
+        files.append(file)
+    return files
 
 
 def _waited(path: Path) -> IO[str]:
@@ -238,12 +258,23 @@ def _lock_path(directory: Path, device: Device) -> Path:
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """Return the locked file, whose closing frees the lock; None if another process holds the lock."""
+    """Return the locked file, whose closing frees the lock; None if the lock is held or the file has been removed."""
+    if (
+        path in _HELD
+    ):  # by this process, which could lock it again; closing the second file would free the lock
+        return None
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller
     try:
         # Not flock(): a child process, such as the worker, would keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, by system
+        file.close()
+        return None
+    try:  # between open() and lockf() another process may have removed the file as stale
+        current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        current = False
+    if not current:
         file.close()
         return None
     return file

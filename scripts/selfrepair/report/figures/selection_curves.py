@@ -113,8 +113,8 @@ def build(frames: Frames) -> dict[str, Any]:
             f"±{LIMIT:g} unless “full scale” is on. {wording.sizes(frames)}. (Protocol of Rushing and Nanda 2024)"
         ),
         "reading": (
-            "Further right only rows with larger direct effects count. If the line of the same draws lies above the "
-            "held-out line, the difference is regression to the mean and not repair."
+            "Further right only rows with larger direct effects count. Measuring on the draws that selected the rows "
+            "favours repair by regression to the mean; the held-out line does not have this error."
         ),
         "alt": "Line plots of self-repair and its parts over the share of selected rows, a line per way of selecting.",
         "shows": f"{wording.shows(frames)}, {ESTIMATORS['of_unembed']}",
