@@ -30,7 +30,8 @@ METHOD = (
     "Self-repair is the logit change minus the change of the head's own direct effect, and its parts are norm, later "
     "attention (heads) and later MLPs. Rows (prompt, position) are selected head by head. Every head selects equally "
     "many rows, and sums run over the selected rows of all these heads. Intervals resample prompts with the selection "
-    "held fixed."
+    "held fixed. They do not resample replacement prompts, so they are too narrow where many rows share a replacement "
+    "prompt."
 )
 
 
