@@ -46,8 +46,8 @@ def _measure(plan: Plan, session: Session, experiment: Experiment, model: str) -
     inputs = {
         "cells": plan.analysed_of(every),
         "clean": plan.clean_of(every),
-        "downstream_heads": plan.downstream_heads_of(every),
-        "selections": plan.selections_of(every),
+        "downstream_heads": plan.extra(grid.DOWNSTREAM_HEADS)(every),
+        "selections": plan.extra(grid.SELECTIONS)(every),
     }
     outputs = {"numerics": grid.numerics_path(*names.values()), **grid.summary_paths(*names.values())}
     _run(summary, session, inputs, outputs, plan.summary(every))

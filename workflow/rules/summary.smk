@@ -1,9 +1,9 @@
 rule manifest:
     input:
         cells=PLAN.cells_of,
-        averages=PLAN.averages_of,
-        selections=PLAN.selections_of,
-        downstream_heads=PLAN.downstream_heads_of,
+        averages=PLAN.extra(grid.AVERAGES),
+        selections=PLAN.extra(grid.SELECTIONS),
+        downstream_heads=PLAN.extra(grid.DOWNSTREAM_HEADS),
     output:
         manifest=grid.manifest_path("{experiment}", "{model}"),
     log:
@@ -19,8 +19,8 @@ rule manifest:
 rule summary:
     input:
         cells=PLAN.analysed_of,
-        downstream_heads=PLAN.downstream_heads_of,
-        selections=PLAN.selections_of,
+        downstream_heads=PLAN.extra(grid.DOWNSTREAM_HEADS),
+        selections=PLAN.extra(grid.SELECTIONS),
         clean=PLAN.clean_of,
         tokens=PLAN.tokens_of,
     output:

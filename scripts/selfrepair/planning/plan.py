@@ -143,21 +143,13 @@ class Plan:
         cells = grid.cells_of(self._experiment(wildcards), self._model(wildcards))
         return [grid.cell_path(cell) for cell in cells]
 
-    def downstream_heads_of(self, wildcards: Wildcards) -> list[str]:
-        """Return the changes of later heads of the cells of one experiment and model, if they have any."""
-        return self._extra_files_of(wildcards, grid.DOWNSTREAM_HEADS)
-
-    def selections_of(self, wildcards: Wildcards) -> list[str]:
-        """Return the sums over selected rows of the cells of one experiment and model, if they have any."""
-        return self._extra_files_of(wildcards, grid.SELECTIONS)
-
-    def averages_of(self, wildcards: Wildcards) -> list[str]:
-        """Return the averages over positions of the cells of one experiment and model, if they have any."""
-        return self._extra_files_of(wildcards, grid.AVERAGES)
+    def extra(self, kind: str) -> Callable[[Wildcards], list[str]]:
+        """Return the input function of one of `grid.EXTRA_FILES`: the cells' files of this kind, [] if there are none."""
+        return lambda wildcards: self._extra_files_of(wildcards, kind)
 
     def analysed_of(self, wildcards: Wildcards) -> list[str]:
         """Return the files whose rows are analysed: the averages over positions if there are any, else the cells."""
-        return self.averages_of(wildcards) or self.cells_of(wildcards)
+        return self._extra_files_of(wildcards, grid.AVERAGES) or self.cells_of(wildcards)
 
     def _extra_files_of(self, wildcards: Wildcards, kind: str) -> list[str]:
         experiment = self._experiment(wildcards)
