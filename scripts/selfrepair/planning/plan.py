@@ -5,6 +5,7 @@ use the value. It is a single parameter because Snakemake compares the sorted va
 names: with several parameters it would not notice that `samples` and `store` were swapped.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -144,7 +145,7 @@ class Plan:
         return [grid.cell_path(cell) for cell in cells]
 
     def extra(self, kind: str) -> Callable[[Wildcards], list[str]]:
-        """Return the input function of one of `grid.EXTRA_FILES`: the cells' files of this kind, [] if there are none."""
+        """Return the input function of one of `grid.EXTRA_FILES`: the cells' files of this kind, [] if none."""
         return lambda wildcards: self._extra_files_of(wildcards, kind)
 
     def analysed_of(self, wildcards: Wildcards) -> list[str]:
