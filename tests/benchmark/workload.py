@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiny_models
@@ -60,6 +61,20 @@ SHAPES = {
 }
 
 
+def _sizes(shape: Shape) -> dict[str, Any]:
+    """The keys of a Llama's configuration."""
+    return {
+        "hidden_size": shape.d_model,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.inner,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+
+
 def write_model(directory: Path, shape: Shape) -> Path:
     """A random model as a directory, made once. Weights such that effects are a logit or so."""
     if (directory / "config.json").exists():
@@ -67,14 +82,7 @@ def write_model(directory: Path, shape: Shape) -> Path:
     model = tiny_models.build(
         "llama",
         torch.float32,
-        hidden_size=shape.d_model,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.inner,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        **_sizes(shape),
     )
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5 * shape.d_model**-0.5)
@@ -87,14 +95,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Load
     """Random weights made on the device: nothing is written or copied."""
     config = AutoConfig.for_model(
         "llama",
-        hidden_size=shape.d_model,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        intermediate_size=shape.inner,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        **_sizes(shape),
     )
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -157,7 +157,7 @@ def test_averages_and_selections_reduce_all_rows(project):
         assert both[0].equals(both[1])
 
 
-def test_the_summary_uses_all_rows_whatever_is_kept(project):
+def test_the_summary_uses_all_rows_regardless_of_keep(project):
     for table in grid.SUMMARY_TABLES:
         both = [
             pl.from_arrow(tables.read(project / grid.summary_path(name, "tiny", table)))
@@ -183,7 +183,7 @@ def test_the_summary_uses_all_rows_whatever_is_kept(project):
 
 
 def test_later_heads_are_means_over_all_positions(project):
-    """They sum to the change of the attention in all rows, whatever share of the rows is kept."""
+    """They sum to the change of the attention in all rows, regardless of the share of the rows that is kept."""
     tables = {
         name: pl.read_parquet(project / grid.summary_path(name, "tiny", "downstream"))
         .with_columns(pl.col(pl.Categorical).cast(pl.String))

@@ -64,8 +64,7 @@ def text(results: Results) -> list[str]:
             sentences.append(
                 f"Rows selected by their direct loss give {estimate(same, 'self_repair_of_loss')} of the loss on the "
                 f"draws that selected them and {estimate(other, 'self_repair_of_loss')} on the other draws "
-                f"({where}). Measuring on the draws that selected the rows favours repair by regression to the mean; "
-                "the other draws do not."
+                f"({where}). The first number is biased by regression to the mean, the second is not."
             )
     return sentences
 

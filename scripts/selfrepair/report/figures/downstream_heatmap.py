@@ -63,13 +63,7 @@ def build(frames: Frames) -> dict[str, Any]:
             "layer:O", title=f"{theme.COMPONENT[component]} ablated at layer …", scale=ablated, axis=axis
         )
         # Symmetric: a pale cell is a small change of either sign.
-        colours = alt.Scale(
-            range=list(theme.DIVERGING_STRONG),
-            domainMin=alt.ExprRef("-largest"),
-            domainMid=0,
-            domainMax=alt.ExprRef("largest"),
-            clamp=True,
-        )
+        colours = theme.diverging("largest")
         cells = (
             alt.Chart(alt.NamedData("changes"))
             .transform_filter(f"{controls.NOT_LEFT_OUT} && {where}")

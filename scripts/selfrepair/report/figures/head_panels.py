@@ -48,13 +48,7 @@ class Grid:
 
     def measure(self, base: Any, field: str, title: str, tooltip: Sequence[Any], *, legend: bool) -> Any:
         """Return a panel whose colour is `field`, in logits, from -LIMIT to LIMIT. One legend serves all panels."""
-        scale = alt.Scale(
-            range=list(theme.DIVERGING_STRONG),
-            domainMin=alt.ExprRef(f"-{LIMIT}"),
-            domainMid=0,
-            domainMax=alt.ExprRef(LIMIT),
-            clamp=True,
-        )
+        scale = theme.diverging(LIMIT)
         shown = alt.Legend(gradientLength=min(140, self.cell * len(self.layers))) if legend else None
         colour = alt.Color(f"{field}:Q", title="logits", scale=scale, legend=shown)
         return self.panel(base.mark_rect(), title, color=colour, tooltip=list(tooltip))

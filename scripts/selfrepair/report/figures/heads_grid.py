@@ -73,8 +73,9 @@ def build(frames: Frames) -> dict[str, Any]:
             "data file. Norm and restoration are in the tooltips."
         ),
         "reading": (
-            "Orange is above 0 and blue below. A head whose loss and repair are both orange is repaired by later "
-            "contributions. Where the loss is orange and the drop is pale, little of the loss reaches the logit."
+            "Orange is above 0 and blue below. Where loss and repair are both orange, later contributions give back "
+            "part of the loss on average; only a head of class “repaired” does so with an interval that excludes 0. "
+            "Where the loss is orange and the drop is pale, little of the loss reaches the logit."
         ),
         "alt": "Grids of attention heads, layer by head: drop, direct loss, repair, and class.",
         "shows": f"{wording.shows(frames)}, {READINGS['clean'][2]}",

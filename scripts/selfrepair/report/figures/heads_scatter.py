@@ -5,14 +5,13 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import classes, controls, scales, theme, wording
+from selfrepair.report.figures import classes, controls, head_points, scales, theme, wording
 from selfrepair.report.figures.classes import CLASSES, READING, READINGS
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
+from selfrepair.report.figures.head_points import LABELLED, SIDE
 from selfrepair.report.figures.scatter_all_layers import depth
 
-LABELLED = 8  # heads that are named
-SIDE = 420
 _BOUNDS = ("_low", "_high")
 
 
@@ -75,28 +74,13 @@ def build(frames: Frames) -> dict[str, Any]:
     )
     upright = base.transform_filter("isValid(datum.repair_low)").mark_rule(opacity=0.25, color=theme.INK)
     flat = base.transform_filter("isValid(datum.loss_low)").mark_rule(opacity=0.25, color=theme.INK)
-    labels = (
-        base.transform_filter("!datum.off")
-        .transform_window(rank="row_number()", sort=[alt.SortField("largest", order="descending")])
-        .transform_filter(f"datum.rank <= {LABELLED}")
-        .transform_calculate(label="datum.layer + '.' + datum.head")
-        .mark_text(align="left", dx=7, dy=-6, fontSize=11, color=theme.INK)
-        .encode(x=x, y=y, text=alt.Text("label:N"))
-    )
-    ends = base.transform_aggregate(low="min(shown_loss)", high="max(shown_loss)").transform_calculate(
-        low="min(datum.low, 0)", high="max(datum.high, 0)", zero="0"
-    )
-    diagonal = ends.mark_rule(strokeDash=[5, 4], color=theme.MUTED).encode(
-        x=alt.X("low:Q"), x2=alt.X2("high:Q"), y=alt.Y("low:Q"), y2=alt.Y2("high:Q")
-    )
-    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y=alt.Y("at:Q"))
     drawing = alt.layer(
-        zero,
-        diagonal,
+        head_points.zero(),
+        head_points.diagonal(base, "shown_loss"),
         upright.encode(x=x, y=alt.Y("shown_repair_low:Q"), y2=alt.Y2("shown_repair_high:Q")),
         flat.encode(x=alt.X("shown_loss_low:Q"), x2=alt.X2("shown_loss_high:Q"), y=y),
         dots,
-        labels,
+        head_points.names(base, x, y),
     ).properties(width=SIDE, height=SIDE * 4 // 5)
     return {
         "caption": (

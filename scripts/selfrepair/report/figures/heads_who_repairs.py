@@ -105,13 +105,7 @@ def build(frames: Frames) -> dict[str, Any]:
         alt.Tooltip("propagated:Q", title="loss propagated", format=".4f"),
         alt.Tooltip("agreement:Q", title="prompts in which it repairs most", format=".0%"),
     ]
-    colours = alt.Scale(
-        range=list(theme.DIVERGING_STRONG),
-        domainMin=alt.ExprRef("-largest"),
-        domainMid=0,
-        domainMax=alt.ExprRef("largest"),
-        clamp=True,
-    )
+    colours = theme.diverging("largest")
     legend = alt.Legend(gradientLength=110)
     cells = base.mark_rect(stroke=theme.MUTED, strokeOpacity=0.25).encode(
         x=x,
@@ -144,8 +138,8 @@ def build(frames: Frames) -> dict[str, Any]:
             f"“full scale” is on. All pairs are in summary/downstream.parquet. {wording.sizes(frames)}."
         ),
         "reading": (
-            "Orange: the later head repairs. Blue: it adds to the change. An orange column is a head that repairs many "
-            "heads."
+            "Orange: the later head pushes the logit back on average. Blue: it adds to the change. Only cells with a "
+            "dot are determined; an orange column with many dots is a head that repairs many heads."
         ),
         "alt": f"Heatmap of ablated heads and later heads, {some} strongest pairs over all sources and ablations.",
         "shows": wording.shows(frames),

@@ -114,7 +114,7 @@ def build(frames: Frames) -> dict[str, Any]:
         ),
         "reading": (
             "Further right only rows with larger direct effects count. Measuring on the draws that selected the rows "
-            "favours repair by regression to the mean; the held-out line does not have this error."
+            "is biased by regression to the mean; the held-out line does not have this bias."
         ),
         "alt": "Line plots of self-repair and its parts over the share of selected rows, a line per way of selecting.",
         "shows": f"{wording.shows(frames)}, {ESTIMATORS['of_unembed']}",

@@ -7,14 +7,13 @@ import polars as pl
 
 from selfrepair.analysis.rushing_nanda import PUBLISHED_QUANTILE
 from selfrepair.effects.position_columns import BY_UNEMBED, QUANTILES
-from selfrepair.report.figures import controls, scales, theme, wording
+from selfrepair.report.figures import controls, head_points, scales, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import Frames
+from selfrepair.report.figures.head_points import LABELLED, SIDE
 from selfrepair.report.figures.scatter_all_layers import depth
 
 TOP = "pick_top"
-LABELLED = 8  # heads that are named
-SIDE = 420
 
 
 def data(frames: Frames) -> pl.DataFrame:
@@ -51,22 +50,12 @@ def build(frames: Frames) -> dict[str, Any]:
             alt.Tooltip("rows:Q", format=",d"),
         ],
     )
-    labels = (
-        base.transform_filter("!datum.off")
-        .transform_window(rank="row_number()", sort=[alt.SortField("largest", order="descending")])
-        .transform_filter(f"datum.rank <= {LABELLED}")
-        .transform_calculate(label="datum.layer + '.' + datum.head")
-        .mark_text(align="left", dx=7, dy=-6, fontSize=11, color=theme.INK)
-        .encode(x=x, y=y, text="label:N")
-    )
-    ends = base.transform_aggregate(
-        low="min(shown_mean_unembed)", high="max(shown_mean_unembed)"
-    ).transform_calculate(low="min(datum.low, 0)", high="max(datum.high, 0)")
-    diagonal = ends.mark_rule(strokeDash=[5, 4], color=theme.MUTED).encode(
-        x="low:Q", x2="high:Q", y="low:Q", y2="high:Q"
-    )
-    zero = alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y="at:Q")
-    drawing = alt.layer(zero, diagonal, dots, labels).properties(width=SIDE, height=SIDE * 4 // 5)
+    drawing = alt.layer(
+        head_points.zero(),
+        head_points.diagonal(base, "shown_mean_unembed"),
+        dots,
+        head_points.names(base, x, y),
+    ).properties(width=SIDE, height=SIDE * 4 // 5)
     labelled = [wording.percent(top) if top >= 0.01 else f"{100 * top:g} %" for top in QUANTILES]
     return {
         "caption": (
@@ -76,7 +65,10 @@ def build(frames: Frames) -> dict[str, Any]:
             "without a name; “full scale” shows them in place. Dashed: everything comes back. "
             f"{wording.sizes(frames)}. (Protocol of Rushing and Nanda 2024)"
         ),
-        "reading": "Points between the horizontal axis and the dashed line are heads that are repaired in part.",
+        "reading": (
+            "Between the horizontal axis and the dashed line, self-repair gives back part of the direct effect on "
+            "average. Points have no intervals."
+        ),
         "alt": "Scatter plot of mean self-repair against mean direct effect of the selected rows, a point per head.",
         "shows": f"{wording.shows(frames)}, the largest {wording.percent(PUBLISHED_QUANTILE)} of rows",
         "data": table,

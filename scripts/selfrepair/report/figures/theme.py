@@ -45,6 +45,18 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [4, 4], [10, 4], [1, 3])
 DIVERGING = ("#5aa0cf", "#f4f4f4", "#f2a45c")
 DIVERGING_STRONG = ("#0b4f8a", "#5aa0cf", "#f4f4f4", "#f2a45c", "#b34700")
 
+
+def diverging(limit: str) -> alt.Scale:
+    """Return the scale from -limit to limit, pale at 0; `limit` is the name of a parameter. Colours end there."""
+    return alt.Scale(
+        range=list(DIVERGING_STRONG),
+        domainMin=alt.ExprRef(f"-{limit}"),
+        domainMid=0,
+        domainMax=alt.ExprRef(limit),
+        clamp=True,
+    )
+
+
 COMPONENT = {ATTN: "attention", MLP: "MLP"}
 COMPONENT_COLOUR = {"attention": BLUE, "MLP": VERMILLION}
 
