@@ -115,6 +115,63 @@ def test_intervals_of_a_ratio_cover_between_92_and_97_percent():
         assert 0.92 - 0.022 < count / trials < 0.97 + 0.022, name
 
 
+def share_of(values, ids=None):
+    """The interval of the share of ones in `values` (prompt, draw)."""
+    prompts, draws = values.shape
+    bootstrap = Bootstrap.draw(prompts, 0, resamples=50)
+    return Sample({"share": values.astype(float)}, Design(prompts, draws, ids), bootstrap).share("share")
+
+
+def test_bounds_of_a_share_solve_the_equation_of_wilson():
+    """|p - bound| = t sqrt(bound (1 - bound) / size), with size = p (1 - p) / standard error^2."""
+    values = np.random.default_rng(8).random((12, 3)) < 0.2
+    error = stats.sem(values.mean(1))
+    share, low, high = share_of(values)
+    assert share == pytest.approx(values.mean()) and 0 < low < share < high < 1
+    for bound in (low, high):
+        own_error = error * np.sqrt(bound * (1 - bound) / (share * (1 - share)))
+        assert abs(share - bound) == pytest.approx(stats.t.ppf(0.975, 11) * own_error)
+
+
+def test_a_share_of_none_or_all_of_ten_prompts_has_a_width():
+    """t^2 / (10 + t^2) with t = 2.262157, the quantile with 9 degrees of freedom: 5.117355 / 15.117355."""
+    assert share_of(np.zeros((10, 2))) == pytest.approx((0.0, 0.0, 0.3385086))
+    assert share_of(np.ones((10, 2))) == pytest.approx((1.0, 0.6614914, 1.0))
+    assert share_of(np.full((10, 2), 0.25)) == pytest.approx(
+        (0.25, 0.25, 0.25)
+    )  # each prompt has the same share
+    assert np.isnan(share_of(np.ones((2, 4)))[1:]).all()  # too few prompts
+
+
+def test_a_share_that_shared_replacements_move_stays_in_its_range():
+    """One of four replacements changes the first choice of all prompts: stretched percentiles pass 0."""
+    ids = drawn(np.random.default_rng(9), 30, 4, 2)
+    values = (ids == 0).astype(float)
+    bootstrap = Bootstrap.draw(30, 0, resamples=500)
+    sample = Sample({"share": values}, Design(30, 2, ids), bootstrap)
+    assert sample.interval("share")[1] < 0
+    _, low, high = sample.share("share")
+    assert 0 < low < 0.05 and 0.6 < high < 1  # the share could be that of any of few replacements
+    _, low, high = share_of(1 - values, ids)
+    assert 0 < low < 0.4 and 0.95 < high < 1
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(0.0, 0.5), (2.3, 0.0647)])
+def test_intervals_of_a_share_cover_between_92_and_97_percent(threshold, share):
+    """A row counts if its value exceeds the threshold; values have variances 1, 0.3 and 1: P(N(0, 2.3) > 2.3)."""
+    assert stats.norm.sf(threshold, scale=np.sqrt(2.3)) == pytest.approx(share, abs=1e-4)
+    rng = np.random.default_rng(10)
+    trials, covered = 500, 0
+    for _ in range(trials):
+        ids = drawn(rng, 40, 20, 3)
+        values = planted(rng, ids, 20, VARIANCES["balanced"]) > threshold
+        error = Design(40, 3, ids).error(values[:, :, None].astype(float))
+        low, high = error.share_bounds(values.mean((0, 1), keepdims=True)[0], 0.95)
+        covered += low[0] <= share <= high[0]
+    # The simulation itself has a standard error of 1 %.
+    assert 0.92 - 0.02 < covered / trials < 0.97 + 0.02, covered / trials
+
+
 def test_the_monte_carlo_error_is_the_spread_of_means_over_new_replacements():
     """The source prompts stay; the store and the draws from it are new each time."""
     rng = np.random.default_rng(5)

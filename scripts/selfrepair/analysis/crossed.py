@@ -11,6 +11,10 @@ three times and gives standard errors that are too large where single rows are n
 estimated without bias by the method of moments (Gao and Owen 2017, Electronic Journal of Statistics 11:1235,
 section 3), and the missing part of the replacement variance is added to the variance between prompts.
 `tests/unit/test_crossed.py` simulates the coverage of all three.
+
+Shares get Wilson's interval (1927, Journal of the American Statistical Association 22:209) with the number of
+independent prompts that would give the same standard error, and the t quantile: the construction for clustered samples
+that Franco, Little, Louis and Slud compare (2019, Journal of Survey Statistics and Methodology 7:334).
 """
 
 import functools
@@ -35,6 +39,21 @@ class Error:
     def half_width(self, level: float) -> Array:
         """Return half the width of the t interval."""
         return np.asarray(stats.t.ppf((1 + level) / 2, self.freedom) * self.standard)
+
+    def share_bounds(self, share: Array, level: float) -> tuple[Array, Array]:
+        """Return the bounds of Wilson's interval of means of values in [0, 1]; they lie in [0, 1].
+
+        The size of the sample is p (1 - p) / standard error^2. Where every value is 0, or every value is 1, the error
+        is 0 and the size is the number of source prompts. NaN where the error is NaN.
+        """
+        t_squared = stats.t.ppf((1 + level) / 2, self.freedom) ** 2
+        spread = np.maximum(share * (1 - share), 0.0)  # rounding of a mean may exceed 1
+        with np.errstate(invalid="ignore", divide="ignore"):
+            one_over_size = np.where(spread > 0, self.standard**2 / spread, 1 / (self.freedom_prompts + 1))
+        per_size = np.where(np.isnan(self.standard), np.nan, t_squared * one_over_size)
+        middle = (share + per_size / 2) / (1 + per_size)
+        half = np.sqrt(per_size * spread + per_size**2 / 4) / (1 + per_size)
+        return np.clip(middle - half, 0.0, share), np.clip(middle + half, share, 1.0)
 
     def p_value(self, estimate: Array) -> Array:
         """Return the two-sided p-value of the hypothesis that the mean is 0; NaN where the error is 0 or NaN."""

@@ -20,6 +20,7 @@ from selfrepair.analysis.sample import Sample
 from selfrepair.analysis.schema import KEYS, NAME, with_interval
 from selfrepair.analysis.statistics import Bootstrap
 from selfrepair.analysis.thresholds import MIN_PROMPTS
+from selfrepair.planning import outcomes
 from selfrepair.planning.sites import COMPONENTS
 
 Array = NDArray[np.float64]
@@ -106,10 +107,10 @@ def _statistics(row: Contribution, bootstrap: Bootstrap) -> dict[str, Any]:
         median = float(np.median(effects[name].mean(1)))
         values |= {f"{name}_mean": mean, f"{name}_median": median, f"{name}_low": low, f"{name}_high": high}
     for name in row.outcomes:
-        mean, low, high = sample.interval(name)
+        mean, low, high = sample.share(name) if name in outcomes.SHARES else sample.interval(name)
         values |= {f"{name}_mean": mean, f"{name}_low": low, f"{name}_high": high}
     for name in SHARES:
-        values |= _named(name, sample.interval(name))
+        values |= _named(name, sample.share(name))
     values |= _named("correlation", Pairs(row.unembed, row.drop, row.design, bootstrap).correlation())
     for suffix, repair in (("", row.repair), ("_attn", row.repair_attn), ("_mlp", row.repair_mlp)):
         pairs = Pairs(-row.loss, repair, row.design, bootstrap)

@@ -1,5 +1,6 @@
 """Means of many columns over the same rows, with intervals, p-values and ratios."""
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 
 from selfrepair.analysis.crossed import Design
 from selfrepair.analysis.statistics import Bootstrap, ratio
-from selfrepair.analysis.thresholds import LEVEL
+from selfrepair.analysis.thresholds import LEVEL, MIN_PROMPTS
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float, float]  # estimate, low, high; NaN where undefined
@@ -17,7 +18,7 @@ class Sample:
     """Columns of rows (prompt, draw); draws are averaged within prompts first.
 
     Intervals are expanded percentiles over resampled prompts, stretched by the error that shared replacement
-    prompts add (`crossed.Design`).
+    prompts add (`crossed.Design`). A stretched percentile may leave [0, 1], so shares have intervals of their own.
     """
 
     def __init__(self, columns: Mapping[str, Array], design: Design, bootstrap: Bootstrap) -> None:
@@ -40,6 +41,19 @@ class Sample:
         """Return the mean of a column and its interval."""
         at = self._index[name]
         return float(self.means[at]), float(self._low[at]), float(self._high[at])
+
+    def share(self, name: str) -> Interval:
+        """Return the mean of a column of values in [0, 1] and its interval, which lies in [0, 1]."""
+        at = self._index[name]
+        if self._design.prompts < MIN_PROMPTS:
+            return float(self.means[at]), np.nan, np.nan
+        low, high = self._share_bounds
+        return float(self.means[at]), float(low[at]), float(high[at])
+
+    @functools.cached_property
+    def _share_bounds(self) -> tuple[Array, Array]:
+        """Bounds of every column; they mean something for columns of values in [0, 1]."""
+        return self._error.share_bounds(self.means, LEVEL)
 
     def p_value(self, name: str) -> float:
         """Return the p-value of the hypothesis that the mean of a column is 0 (t test)."""

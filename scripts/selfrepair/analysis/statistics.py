@@ -8,12 +8,12 @@ compared on different resamples. Every statistic here is a function of weighted 
 of prompts is a vector of multinomial counts, so one matrix product, counts @ columns / n, gives all resamples of all
 columns. The counts are drawn once per data set.
 
-Why percentiles: a percentile interval stays within a statistic's range (a share stays in [0, 1]) and needs no
-standard error. With few prompts it is too narrow, by the factor sqrt((n-1)/n) and because it uses normal instead of
-t quantiles. Hesterberg's expanded percentile (2015, "What Teachers Should Know About the Bootstrap", The American
-Statistician 69:371) corrects both: it takes the percentiles at Phi(-sqrt(n/(n-1)) t_{n-1}) instead of 2.5 % (1.8 %
-with 25 prompts). BCa is not used: it corrects skewness, the smaller error at these sizes, and its acceleration is
-unstable if a ratio's denominator is near zero.
+Why percentiles: a percentile interval follows the skewness of a statistic and needs no standard error. With few
+prompts it is too narrow, by the factor sqrt((n-1)/n) and because it uses normal instead of t quantiles. Hesterberg's
+expanded percentile (2015, "What Teachers Should Know About the Bootstrap", The American Statistician 69:371) corrects
+both: it takes the percentiles at Phi(-sqrt(n/(n-1)) t_{n-1}) instead of 2.5 % (1.8 % with 25 prompts). BCa is not
+used: it corrects skewness, the smaller error at these sizes, and its acceleration is unstable if a ratio's
+denominator is near zero.
 """
 
 import functools

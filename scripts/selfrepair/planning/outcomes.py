@@ -4,6 +4,7 @@ LOGIT = "logit"  # the target's centred logit with its ledger: always measured
 FOIL = "foil"
 # Name in the configuration -> column of the effects table.
 OUTCOMES = {"logprob": "logprob_change", "kl": "kl", "top1": "top1_changed", FOIL: "foil_logit_change"}
+SHARES = (OUTCOMES["top1"],)  # columns of 0 and 1, whose means are shares
 # Read from the whole next-token distribution: one product with the unembedding matrix per ablated run.
 DISTRIBUTION = ("logprob", "kl", "top1")
 CHUNK_BYTES = 1 << 28  # largest memory of the distributions of one chunk of ablated runs
