@@ -10,6 +10,7 @@ nnsight are not installed they are left out.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cells
 import contenders
@@ -32,12 +34,14 @@ import torch
 import workload
 from selfrepair.effects import selftest
 from selfrepair.jobs.session import Session
-from selfrepair.models.loading import load
+from selfrepair.models import products
+from selfrepair.models.loading import load, wrap
 from selfrepair.models.weights import ModelSpec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workload import DEMO, ROOT, SHAPES, Piece, Work
 
 RESULTS = ROOT / "docs" / "performance.json"
+PLAIN = "this engine, plain products"  # measured where the engine leaves PyTorch's products for oneDNN's
 # Largest difference from the hook loop that counts as equal, relative to the effects' root mean square.
 EQUAL = {"float32": 1e-3, "bfloat16": 0.3}
 
@@ -133,6 +137,9 @@ class Comparison:
                 contenders.NNsight(model(), self.work, self.readout),
             ]
         self.tools.append(self.engine)
+        if dtype == torch.float32 and products.mkl_is_slow():
+            plain = wrap(model())
+            self.tools.append(contenders.Engine(plain, self.work, choice.path, self.rows, name=PLAIN))
         self.n_layers = loaded.n_layers
 
     def sample(self, number: int, at_once: int) -> Piece:
@@ -302,8 +309,16 @@ def show(found: dict[str, Any]) -> None:
         )
 
 
-def whole_stages(model: str, scratch: Path, rounds: int) -> dict[str, Any]:
-    """Everything between tokens and the last cell's file, beside the hook loop: positions `last`, float32."""
+def whole_stages(model: str, scratch: Path, rounds: int, plain: bool) -> dict[str, Any]:
+    """Everything between tokens and the last cell's file, beside the hook loop: positions `last`, float32.
+
+    `plain`: with PyTorch's own products also where the engine would take oneDNN's.
+    """
+    with mock.patch.object(products, "mkl_is_slow", lambda: False) if plain else contextlib.nullcontext():
+        return _whole_stages(model, scratch, rounds)
+
+
+def _whole_stages(model: str, scratch: Path, rounds: int) -> dict[str, Any]:
     directory = directory_of(model, scratch)
     layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
     length = 64 if model == "demo" else 256
@@ -321,6 +336,7 @@ def whole_stages(model: str, scratch: Path, rounds: int) -> dict[str, Any]:
     result = {
         **found[-1],
         "model": model,
+        "products": "oneDNN" if products.mkl_is_slow() else "PyTorch",
         "rate": meter.spread(rates),
         "loop": meter.spread(loop),
         "ratio": meter.spread([rate / beside for rate, beside in zip(rates, loop, strict=True)]),
@@ -329,7 +345,8 @@ def whole_stages(model: str, scratch: Path, rounds: int) -> dict[str, Any]:
         },
     }
     seconds = {name: round(value["median"], 2) for name, value in result["seconds"].items()}
-    print(f"\n{model}, whole stages: {result['rate']['median']:.0f} ablations/s, ", end="")
+    print(f"\n{model}, products of {result['products']}, whole stages: ", end="")
+    print(f"{result['rate']['median']:.0f} ablations/s, ", end="")
     print(f"{result['ratio']['median']:.0f}x the hook loop, {seconds}", flush=True)
     return result
 
@@ -386,7 +403,10 @@ def main() -> None:
             whole = [one for one in kept["comparisons"] if not one["setting"].get("heads")]
             report = {**kept, "comparisons": [*whole, *found], "heads": {**report, "comparisons": None}}
         elif not options.quick:
-            report["cells"] = [whole_stages(name, scratch, 3) for name in options.models]
+            kinds = (False, True) if products.mkl_is_slow() else (True,)
+            report["cells"] = [
+                whole_stages(name, scratch, 3, plain) for name in options.models for plain in kinds
+            ]
             report["growth"] = growth.measure(scratch)
             report["seconds"] = time.perf_counter() - began
     output = options.output or (None if options.quick else RESULTS)

@@ -44,8 +44,9 @@ class Engine:
         rows: int,
         *,
         runs: CleanRuns | None = None,
+        name: str = "this engine",
     ) -> None:
-        self.name = "this engine"
+        self.name = name
         self.loaded, self.work, self.path, self.rows = loaded, work, path, rows
         self.runs = runs or self.clean_runs()
 

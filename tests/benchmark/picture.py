@@ -92,12 +92,12 @@ def where(report: dict[str, Any]) -> Iterator[str]:
 
 def stages(report: dict[str, Any]) -> Iterator[str]:
     """Whole stages."""
-    yield "| model | ablations | cells | clean pass and store, s | cells, s each | ablations per second | "
-    yield "times the hook loop | KiB per cell |\n|---|---|---|---|---|---|---|---|\n"
+    yield "| model | products | ablations | cells | clean pass and store, s | cells, s each | ablations per second | "
+    yield "times the hook loop | KiB per cell |\n|---|---|---|---|---|---|---|---|---|\n"
     for found in report.get("cells", ()):
         seconds = {name: value["median"] for name, value in found["seconds"].items()}
         each = (seconds["first_cell"] + seconds["other_cells"]) / found["cells"]
-        yield f"| {found['model']} | {found['ablations']:,} | {found['cells']} "
+        yield f"| {found['model']} | {found['products']} | {found['ablations']:,} | {found['cells']} "
         yield f"| {three(seconds['activations'] + seconds['std'])} | {three(each)} "
         yield f"| {between(found['rate'])} | {between(found['ratio'])} | {three(found['bytes_per_cell'] / 1024)} |\n"
 

@@ -24,6 +24,7 @@ from selfrepair.models.adapter import (
 from selfrepair.models.detection import detect
 from selfrepair.models.placement import move_to_devices
 from selfrepair.models.probes import probe_ids
+from selfrepair.models.products import use_fast_products
 from selfrepair.models.readout import Readout
 from selfrepair.models.roles import check_roles
 from selfrepair.models.trace import find_layers
@@ -238,6 +239,7 @@ def load(
     log.info("loading %s (%s) on %s", spec.path, spec.dtype, ", ".join(map(str, devices)))
     model, surplus = weights.read_model(config, directory, spec.dtype)
     move_to_devices(model, find_layers(model, probe_ids(model))[1], devices, spec.path)
+    use_fast_products(model)
     loaded = wrap(model, spec, weights_sha256 or weights_digest(directory))
     weights.check_surplus(surplus, loaded.model, loaded.adapter.layers_path, directory)
     log.info(
