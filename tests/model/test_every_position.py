@@ -1,5 +1,7 @@
 """`read: every`: effects at any position, against hooked full forward passes in float64."""
 
+import dataclasses
+
 import pytest
 import tiny_models
 import torch
@@ -12,6 +14,7 @@ from selfrepair.effects.heads import contributions_with_parts, heads_unembed
 from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.runs import CleanRuns
+from selfrepair.errors import InputError
 from selfrepair.models.loading import wrap
 from selfrepair.planning.sites import Site
 from selfrepair.prompts.prompt import Prompt
@@ -169,6 +172,57 @@ def test_narrow_precisions_are_measured_and_the_floor_covers_the_compared_positi
     loaded = wrap(tiny_models.build("llama", dtype))
     choice = selftest.choose(loaded, list(IDS), "all", "every")
     assert choice.path == "replay" and 0 < choice.error <= choice.tolerance < 1.0
+
+
+def with_sink(dtype):
+    """A model whose first MLP writes a huge vector at the start token, which the last MLP removes."""
+    model = tiny_models.build("llama", torch.float64)
+    start, sink = torch.eye(model.config.hidden_size, dtype=torch.float64)[:2]
+    layers = model.model.layers
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, :2] = 0
+        model.model.embed_tokens.weight[1] = 100 * start
+        for layer in layers:  # nothing else uses the two directions
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight[:2] = 0
+        written = 4 * sink - 100 / 576 * start  # 576 = (3 sqrt(64))^2 is the neuron's activation
+        for layer, seen, sign in ((layers[0], start, 1), (layers[-1], sink, -1)):
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[0] = 3 * seen / layer.post_attention_layernorm.weight
+            layer.mlp.down_proj.weight[:, 0] = sign * written
+    return wrap(model.to(dtype))
+
+
+def _with_error(correct, size, position):
+    """An engine whose direct effects are wrong by `size` at one position; the norm takes it, so ledgers close."""
+
+    def ablate(*arguments):
+        effects = correct(*arguments)
+        error = torch.zeros(len(effects.direct_effect))
+        error.view(-1, LENGTH)[:, position] = size
+        return dataclasses.replace(
+            effects,
+            direct_effect=effects.direct_effect + error,
+            norm_effect=effects.norm_effect - error,
+        )
+
+    return ablate
+
+
+@pytest.mark.parametrize("position", [0, LENGTH - 1])
+def test_huge_activations_at_the_first_position_do_not_hide_errors_at_others(monkeypatch, position):
+    loaded = with_sink(torch.bfloat16)
+    ids = [torch.cat([torch.tensor([1]), row[1:]]) for row in IDS]
+    tolerance = selftest._Expected(loaded, ids, "all", "every").tolerance
+    assert tolerance[True] > 4 * tolerance[False]
+    error = tolerance[True] / 2  # more than twice what other positions may have
+    monkeypatch.setattr(selftest, "ablate", _with_error(ablate, error, position))
+    if position == 0:
+        choice = selftest.choose(loaded, ids, "all", "every")
+        assert choice.tolerance == tolerance[True] and 0.5 * error < choice.error < 2 * error
+    else:
+        with pytest.raises(InputError, match="no way of running ablations"):
+            selftest.choose(loaded, ids, "all", "every")
 
 
 def _without_middle(correct):

@@ -31,7 +31,9 @@ _CHANGES = tuple(
 # Largest disagreement with the reference relative to the size of the logits, in wide precisions.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 # In 16-bit precision: the same in multiples of the noise floor, which is the largest effect of moving a contribution
-# by one unit in its last place. Engine and reference are two such roundings of the same run.
+# by one unit in its last place. Engine and reference are two such roundings of the same run. With `read: every` the
+# first position has a tolerance of its own: many models hold huge activations there (attention sinks), whose rounding
+# would hide errors at all other positions.
 NOISE_FLOORS = 4.0
 _POSITIONS = 4  # of every prompt that are compared with `read: every`
 # Largest error of a layer's output if a run begins there, relative to what the layer adds.
@@ -46,7 +48,9 @@ class Choice:
 
     path: str
     error: float  # largest absolute difference of any effect column, in logits
-    tolerance: float  # largest difference allowed, in logits
+    tolerance: (
+        float  # largest difference allowed, in logits; with `read: every` of the position nearest to its own
+    )
     rejected: dict[str, str]
 
 
@@ -84,16 +88,16 @@ def choose(loaded: LoadedModel, prompts: list[Tensor], positions: str, read: str
             rejected[path] = "the architecture's attention cannot be exchanged"
             continue
         try:
-            error = expected.disagreement(path)
+            error, tolerance = expected.disagreement(path)
         except Exception as reason:  # an architecture may fail in any way on a path it was not made for
             rejected[path] = f"{type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
             continue
-        if error <= expected.tolerance:
+        if error <= tolerance:
             log.info("positions %s: path `%s`, within %.2g logits of full forwards", positions, path, error)
             for name, why in rejected.items():
                 log.info("  not `%s`: %s", name, why)
-            return Choice(path, error, expected.tolerance, rejected)
-        rejected[path] = f"off by {error:.2g} logits from full forwards ({expected.tolerance:.2g} allowed)"
+            return Choice(path, error, tolerance, rejected)
+        rejected[path] = f"off by {error:.2g} logits from full forwards ({tolerance:.2g} allowed)"
     reasons = "; ".join(f"{path}: {why}" for path, why in rejected.items())
     raise InputError(
         f"no way of running ablations agrees with full forward passes ({reasons})",
@@ -159,17 +163,34 @@ class _Expected:
             self.cases.append((site, values, rows))
         self.prompts, self.clean = prompts, clean
         self.targets = [int(before.logits.argmax()) for before in clean]
-        logits = [getattr(row, name) for _, _, rows in self.cases for row in rows for name in names(LOGIT)]
-        size = max(1.0, float(torch.stack(logits).abs().max()))
-        self.tolerance = (
-            TOLERANCE[loaded.dtype] * size
-            if loaded.dtype in TOLERANCE
-            else NOISE_FLOORS * self._noise_floor(clean, generator)
-        )
+        # One tolerance of the first position, if it is read beside others, and one of all others.
+        self.first = torch.tensor([self._is_first(at) for both in self.compared for at in (*both, *both)])
+        if loaded.dtype in TOLERANCE:
+            columns = [
+                torch.stack([getattr(row, name) for row in rows])
+                for _, _, rows in self.cases
+                for name in names(LOGIT)
+            ]
+            size = torch.stack(columns).abs().amax(0)
+            self.tolerance = {
+                first: TOLERANCE[loaded.dtype] * max(1.0, float(size[self.first == first].max()))
+                for first in self.first.unique().tolist()
+            }
+        else:
+            floors = self._noise_floors(clean, generator)
+            self.tolerance = {first: NOISE_FLOORS * floor for first, floor in floors.items()}
 
-    def _noise_floor(self, clean: list[reference.ForwardPass], generator: torch.Generator) -> float:
-        """Return the largest effect, in logits, of moving a contribution by one unit in its last place."""
-        floor = 0.0
+    def _is_first(self, position: int) -> bool:
+        return self.read == "every" and position == 0
+
+    def _noise_floors(
+        self, clean: list[reference.ForwardPass], generator: torch.Generator
+    ) -> dict[bool, float]:
+        """Return the largest effects, in logits, of moving a contribution by one unit in its last place.
+
+        The keys: whether the effect is read at the first position.
+        """
+        floors = dict.fromkeys(self.first.tolist(), 0.0)
         for site, _, _ in self.cases:
             for ids, before, compared in zip(self.prompts, clean, self.compared, strict=True):
                 own = before.contributions[site]
@@ -177,10 +198,10 @@ class _Expected:
                 steps = torch.randint(-1, 2, own.shape, generator=generator).to(own.device)
                 value = moved_by_rounding(own, steps)
                 rows = reference.effects_on_argmax(self.loaded, ids, site, value, before, compared)
-                floor = max(
-                    floor, *(float(getattr(row, name).abs().max()) for row in rows for name in _CHANGES)
-                )
-        return floor
+                for at, row in zip(compared, rows, strict=True):
+                    largest = max(float(getattr(row, name).abs().max()) for name in _CHANGES)
+                    floors[self._is_first(at)] = max(floors[self._is_first(at)], largest)
+        return floors
 
     def _compared(self, length: int, generator: torch.Generator) -> list[int]:
         """Return the positions of a prompt that are compared, ascending."""
@@ -201,8 +222,10 @@ class _Expected:
             given.append(target)
         return given
 
-    def disagreement(self, path: str) -> float:
-        """Return the largest absolute difference of any effect or logit from the reference, in logits.
+    def disagreement(self, path: str) -> tuple[float, float]:
+        """Return the largest difference of any effect or logit from the reference, and the tolerance, in logits.
+
+        Of two positions with different tolerances, the one nearest to its tolerance counts.
 
         Raises InputError if the ledger is open, an effect is not finite, or a layer cannot be restarted.
         """
@@ -221,7 +244,7 @@ class _Expected:
         ]
         if path != "full":
             self._check_restarts(runs[-1], path)
-        worst = 0.0
+        worst = dict.fromkeys(self.tolerance, 0.0)
         for site, values, rows in self.cases:
             blocks = [
                 RowBlock(run, slice(0, 1), value[None]) for run, value in zip(runs, values, strict=True)
@@ -229,23 +252,29 @@ class _Expected:
             groups = [blocks] if path == "rows" else [[block] for block in blocks]
             measured = [ablate(loaded, group, site, self.positions, path) for group in groups]
             # Engine and reference share the adapter: a wrong one may leave both open by the same amount.
-            ledger = float(torch.cat([effects.ledger_error() for effects in measured]).max())
-            if not ledger <= self.tolerance:
-                raise InputError(f"the ledger is open by {ledger:.2g} logits ({site})")
+            ledger = self._at_compared([effects.ledger_error() for effects in measured])
+            for first, tolerance in self.tolerance.items():
+                gap = float(ledger[self.first == first].max())
+                if not gap <= tolerance:
+                    raise InputError(f"the ledger is open by {gap:.2g} logits ({site})")
             for column in names(EFFECT, LOGIT):
-                values_read = [getattr(effects, column).double().cpu() for effects in measured]
-                if self.read == "every":
-                    values_read = [
-                        x.unflatten(0, (2, -1))[:, at].flatten()
-                        for x, at in zip(values_read, self.compared, strict=True)
-                    ]
-                actual = torch.cat(values_read)
-                wanted = torch.stack([getattr(row, column) for row in rows])
-                difference = float((actual - wanted).abs().max())
-                if not difference < float("inf"):  # also when it is not a number
+                actual = self._at_compared([getattr(effects, column) for effects in measured])
+                difference = (actual - torch.stack([getattr(row, column) for row in rows])).abs()
+                if not bool(difference.isfinite().all()):
                     raise InputError("effects are not finite")
-                worst = max(worst, difference)
-        return worst
+                for first in worst:
+                    worst[first] = max(worst[first], float(difference[self.first == first].max()))
+        nearest = max(worst, key=lambda first: worst[first] / self.tolerance[first])
+        return worst[nearest], self.tolerance[nearest]
+
+    def _at_compared(self, values: list[Tensor]) -> Tensor:  # (row,), float64
+        """Return one value per row that has a reference, from the engine's values of all positions it reads."""
+        read = [x.double().cpu() for x in values]
+        if self.read == "every":
+            read = [
+                x.unflatten(0, (2, -1))[:, at].flatten() for x, at in zip(read, self.compared, strict=True)
+            ]
+        return torch.cat(read)
 
     def _check_restarts(self, run: CleanRun, path: str) -> None:
         """Raise InputError unless every layer gives its clean output when a run begins there."""
