@@ -6,6 +6,7 @@ Later half of the layers, resample ablation, windows of 128 tokens of the Pile. 
 from dataclasses import dataclass
 
 SOURCE = "Rushing and Nanda 2024, arXiv 2402.15390"
+PUBLISHED_QUANTILE = 0.02  # the share of a head's rows that they select
 
 
 @dataclass(frozen=True)

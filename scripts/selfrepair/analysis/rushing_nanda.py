@@ -23,7 +23,6 @@ from selfrepair.effects.position_columns import POOLED, QUANTILES, WAYS
 from selfrepair.planning.sites import HEAD
 
 Array = NDArray[np.float64]
-PUBLISHED_QUANTILE = 0.02  # the share of a head's rows that Rushing and Nanda select
 PARTS = ("self_repair", "norm", "attn", "mlp")  # the first is the sum of the others
 ESTIMATORS = ("of_unembed", "of_loss", "clipped")
 # Shares first; then means per row in logits.

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from selfrepair.analysis.classes import REPAIRED
-from selfrepair.report.figures.frames import SITE
-from selfrepair.report.figures.heads_who_repairs import determined
+from selfrepair.report.figures.frames import SITE, determined
 from selfrepair.report.figures.wording import estimate, listing, number, plural, site
 from selfrepair.report.page import Table, cell, interval_cell
 from selfrepair.report.results import Results, Row

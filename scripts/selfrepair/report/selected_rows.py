@@ -5,8 +5,7 @@ from typing import Any
 
 import polars as pl
 
-from selfrepair.analysis.published import MODELS, SOURCE
-from selfrepair.analysis.rushing_nanda import PUBLISHED_QUANTILE
+from selfrepair.analysis.published import MODELS, PUBLISHED_QUANTILE, SOURCE
 from selfrepair.effects.position_columns import BY_LOSS, BY_UNEMBED, HELD_OUT, WAYS
 from selfrepair.report.figures.wording import estimate, number, percent, plural
 from selfrepair.report.page import Cell, Table, cell, interval_cell

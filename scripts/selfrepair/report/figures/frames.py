@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from selfrepair.analysis.classes import NOTHING_DOWNSTREAM
+from selfrepair.analysis.thresholds import FALSE_DISCOVERY_RATE
 from selfrepair.effects.columns import EFFECT_COLUMNS
 from selfrepair.errors import DamagedFileError
 from selfrepair.planning.ablations import ABLATIONS, kind
@@ -192,6 +193,12 @@ def table(path: str | Path) -> pl.DataFrame:
 def without_control(frame: pl.DataFrame) -> pl.DataFrame:
     """Return the rows of real ablations."""
     return frame.filter(pl.col("ablation") != CONTROL)
+
+
+def determined() -> pl.Expr:
+    """Return whether an aligned change is above or below 0 after the correction over the later heads of a head."""
+    excludes = (pl.col("aligned_low") > 0) | (pl.col("aligned_high") < 0)
+    return (excludes & (pl.col("adjusted_p") <= FALSE_DISCOVERY_RATE)).fill_null(False)
 
 
 def _average(

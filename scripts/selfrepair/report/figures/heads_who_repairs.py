@@ -6,10 +6,9 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.analysis.thresholds import FALSE_DISCOVERY_RATE
 from selfrepair.report.figures import controls, theme, wording
 from selfrepair.report.figures.figure import chart, csv, specification
-from selfrepair.report.figures.frames import SITE, Frames
+from selfrepair.report.figures.frames import SITE, Frames, determined
 
 PAIRS = 40  # per source and ablation: rows and columns stay readable, however many heads the model has
 STEPS = 15, 36  # pixels of a cell: with many heads and with few
@@ -59,12 +58,6 @@ def _limits(table: pl.DataFrame) -> Any:
     return alt.param(
         name="largest", expr=f"{controls.FULL_SCALE} ? {book['whole']}{which} : {book['bulk']}{which}"
     )
-
-
-def determined() -> pl.Expr:
-    """Return whether an aligned change is above or below 0 after the correction over the later heads of a head."""
-    excludes = (pl.col("aligned_low") > 0) | (pl.col("aligned_high") < 0)
-    return (excludes & (pl.col("adjusted_p") <= FALSE_DISCOVERY_RATE)).fill_null(False)
 
 
 def build(frames: Frames) -> dict[str, Any]:

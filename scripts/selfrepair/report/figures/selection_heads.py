@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.analysis.rushing_nanda import PUBLISHED_QUANTILE
+from selfrepair.analysis.published import PUBLISHED_QUANTILE
 from selfrepair.effects.position_columns import BY_UNEMBED, QUANTILES
 from selfrepair.report.figures import controls, head_points, scales, wording
 from selfrepair.report.figures.figure import chart, csv, specification
