@@ -76,6 +76,12 @@ def test_every_part_is_the_sum_made_by_hand(config: Config) -> None:
     forward = {10.0: 8 * (1000 + 16 * 5), 20.0: 8 * (1000 + 16 * 10)}
     clean = sum((500 + 3 + 6 + 8) * length * each for length, each in forward.items())
     assert slow.sources - fixed.sources == pytest.approx(clean / (1000 * 0.71))
+    # With prompts of one length there is one self-test for both data sets.
+    equal = dict.fromkeys(LENGTHS, 20.0)
+    experiment, model = config.experiments["grid"], config.models["demo"]
+    shared = duration.duration(costs(experiment, model, equal), experiment, model, equal, 1000.0)
+    clean = (2 * (500 + 3) + 6 + 8) * 20 * forward[20.0]
+    assert shared.sources - fixed.sources == pytest.approx(clean / (1000 * 0.71))
     # Ablated rows: 500 x (1 + 10 + 10 + 1); the layers after 5 and 7, and 0.65 of an attention's own layer.
     layers = (2 + 2.65) + (0 + 0.65)
     rows = 500 * 22 * layers * ((1000 + 16 * 10) + (1000 + 16 * 20))

@@ -57,10 +57,9 @@ def duration(
     size = size_of(model)
     shares = SHARE_OF_PEAK_16_BIT if size.item == 2 else SHARE_OF_PEAK
     clean = cost.operations["activations"]
-    for dataset in experiment.datasets:
-        clean += (
-            (SELFTEST_PASSES + size.layers) * lengths[dataset] * forward_operations(size, lengths[dataset])
-        )
+    # Data sets with prompts of the same lengths share a self-test.
+    for length in {lengths[dataset] for dataset in experiment.datasets}:
+        clean += (SELFTEST_PASSES + size.layers) * length * forward_operations(size, length)
     return Duration(
         start=WORKER_SECONDS + size.weights / LOADING_RATE,
         sources=len(experiment.datasets) * SOURCE_SECONDS + clean / (rate * shares["all"]),

@@ -65,16 +65,18 @@ def speed(model: Model, device: str) -> float:
     """Return the operations per second of a matrix product of the model's width and dtype: the fastest of a few."""
     import torch
 
+    from selfrepair.models import products
     from selfrepair.models.device import pick_device
 
     chosen = pick_device(device)
+    multiply = products.product if products.mkl_is_slow() else torch.nn.functional.linear
     width = min(size_of(model).width, _WIDEST)
     rows = torch.randn(_ROWS[chosen.type], width, device=chosen).to(getattr(torch, model.dtype))
-    weight = torch.randn(width, 4 * width, device=chosen).to(rows.dtype)
+    weight = torch.randn(4 * width, width, device=chosen).to(rows.dtype)
 
     def product() -> float:
         start = time.perf_counter()
-        rows @ weight
+        multiply(rows, weight, None)
         if chosen.type == "cuda":
             torch.cuda.synchronize(chosen)
         return time.perf_counter() - start
@@ -84,7 +86,7 @@ def speed(model: Model, device: str) -> float:
     fastest = product()
     while time.perf_counter() < end:
         fastest = min(fastest, product())
-    return 2.0 * rows.numel() * weight.shape[1] / fastest
+    return 2.0 * rows.numel() * len(weight) / fastest
 
 
 def report(config: Config, device: str | None, times: bool) -> list[str]:
