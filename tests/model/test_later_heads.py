@@ -23,6 +23,7 @@ from selfrepair.effects.later_heads import LaterHeads
 from selfrepair.effects.measure import Settings, measure
 from selfrepair.effects.rows import RowBlock
 from selfrepair.effects.runs import CleanRuns
+from selfrepair.errors import InputError
 from selfrepair.models.loading import wrap
 from selfrepair.planning import config_loading
 from selfrepair.planning.sites import Site
@@ -248,9 +249,9 @@ def test_a_bound_on_the_memory_leaves_the_sums_as_they_are(monkeypatch, at_once,
     converted = []
 
     class Counting(HeadMoments):
-        def _add(self, change, *args):
+        def _reduced(self, change, *args):
             converted.append(change.numel())
-            super()._add(change, *args)
+            return super()._reduced(change, *args)
 
     def sums():
         moments = Counting(3, 4, Design(5, 3, groups), torch.device("cpu"))
@@ -278,6 +279,32 @@ def test_the_sums_take_the_bytes_that_the_estimate_states():
     kept = [*vars(moments).values(), *moments._kinds.values()]
     size = sum(x.numel() * x.element_size() for x in kept if torch.is_tensor(x))
     assert 0.95 < size / (16 * heads * later * (5 + store)) <= 1
+
+
+@pytest.mark.parametrize("groups", [None, np.arange(12).reshape(4, 3) % 5])
+def test_sums_that_run_out_of_memory_are_added_in_halves(monkeypatch, groups):
+    change = torch.randn(4, 2, 3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = change, change[:, 0, 0], -change[..., 0], range(4), range(2), range(3)
+    whole, cut, failing = (HeadMoments(2, 5, Design(4, 3, groups), torch.device("cpu")) for _ in range(3))
+    whole.add(*rows)
+    reduced, sizes = HeadMoments._reduced, []
+
+    def small(self, part, *others):
+        if part.shape[:3].numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(part.shape[:3].numel())
+        return reduced(self, part, *others)
+
+    monkeypatch.setattr(HeadMoments, "_reduced", small)
+    limit = 2
+    cut.add(*rows)
+    assert sum(sizes) == 4 * 2 * 3 and max(sizes) == 2  # every row once
+    for site in range(2):
+        for name, values in whole.columns(site).items():
+            np.testing.assert_allclose(cut.columns(site)[name], values, atol=1e-12, err_msg=name)
+    limit = 0
+    with pytest.raises(InputError, match="out of memory with a single prompt"):
+        failing.add(*rows)
 
 
 def test_sums_of_one_draw_have_no_spread_within_prompts():

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -18,6 +19,7 @@ from selfrepair.jobs import devices
 from selfrepair.jobs.devices import Device
 from selfrepair.jobs.job import Job
 from selfrepair.jobs.worker import address
+from selfrepair.planning import startup
 from stubproject import CONFIG, Project
 from test_worker import Bench
 
@@ -64,6 +66,19 @@ class Holder:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+class Workflow:
+    """The part of Snakemake's workflow that knows how many jobs may run."""
+
+    def __init__(self, cores: int, local_exec: bool) -> None:
+        self.cores, self.local_exec = cores, local_exec
+        self.global_resources: dict[str, Any] = {}
+        self.scheduler = SimpleNamespace(global_resources={})
+
+    def register_resource(self, name: str, value: int) -> None:
+        """As Snakemake keeps it."""
+        self.global_resources[name] = SimpleNamespace(value=value)
 
 
 def used(directory: Path, *holders: tuple[str, str]) -> list[str]:
@@ -289,13 +304,37 @@ def test_a_run_on_several_devices_uses_all_and_gives_the_results_of_one(tmp_path
         project = projects[number] = Project.stub(tmp_path / str(number), config, layers=4)
         project.extra_environment = {devices.PRETEND: str(number)}
         project.behave(sleep=('"ablation": ', 0.2))
-        project.snakemake("--cores", "4", "--resources", "gpu=4", "--until", "effects")
+        project.snakemake(
+            "--cores", "4", "--until", "effects"
+        )  # without `gpu=N`: enough jobs for all devices
         sets[number] = {process for stage, process, _, _ in project.ran() if stage == "effects"}
     assert len(sets[1]) == 1 and len(sets[3]) == 3
     assert faults.contents(projects[1]) == faults.contents(projects[3])
     assert len(list(projects[1].path.glob("results/e/m/effects/*/*/*"))) == 8
     for project in projects.values():
         project.close()
+
+
+def test_the_jobs_at_a_time_follow_the_visible_devices() -> None:
+    def started(
+        visible: int, cores: int = 64, local: bool = True, **given: int
+    ) -> tuple[int | None, str | None]:
+        workflow = Workflow(cores=cores, local_exec=local)
+        for name, value in given.items():
+            workflow.register_resource(name, value)
+        warning = startup.set_jobs_at_a_time(workflow, visible)
+        assert workflow.scheduler.global_resources.keys() == ({"gpu"} if local and not given else set())
+        jobs = workflow.global_resources.get("gpu")
+        return jobs and jobs.value, warning
+
+    assert started(0) == started(2) == (4, None)
+    assert started(8) == (16, None)
+    assert started(8, gpu=8) == (8, None)
+    assert started(8, local=False) == (None, None) and started(8, local=False, gpu=1) == (1, None)
+    jobs, warning = started(8, gpu=4)
+    assert jobs == 4 and warning is not None and "8 devices" in warning and "gpu=16" in warning
+    jobs, warning = started(8, cores=2)
+    assert jobs == 16 and warning is not None and "`--cores 2`" in warning and "`--cores 16`" in warning
 
 
 def test_a_device_waits_a_moment_for_jobs_of_its_model(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from snakemake.utils import update_config
 sys.path.insert(0, str(Path(workflow.current_basedir).parents[1] / "scripts"))
 
 from selfrepair.errors import InputError
-from selfrepair.jobs import lifeline
+from selfrepair.jobs import devices, lifeline
 from selfrepair.planning import console, figure_names, grid, runlock, startup, undeclared
 from selfrepair.planning.batch_jobs import BatchJobs
 from selfrepair.tools import check
@@ -111,6 +111,8 @@ onstart:
     global EVENTS
     EVENTS = console.follow_run()
     startup.disable_submission_timers(workflow)
+    if text := startup.set_jobs_at_a_time(workflow, devices.visible_devices()):
+        print(text, file=sys.stderr)
     try:
         runlock.acquire_run_lock(
             Path(grid.RESULTS) / experiment for experiment in PLAN.config.experiments

@@ -4,9 +4,8 @@ Every class is one row of `selfrepair.planning.ablations`. It maps (prompts of o
 of replacement values; its random numbers are keyed by prompt and draw (see draws.py).
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,6 +80,37 @@ class Zero(_WithoutReplacement):
         return torch.zeros_like(run.ablatable(site)[prompts])[:, None].expand(-1, len(draws), -1, -1)
 
 
+class _Drawn:
+    """Random numbers for the rows that run at once.
+
+    The heads of a layer share one drawing, of which each head has its own part: it is made once for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._latest: tuple[Any, Tensor] | None = None
+
+    def numbers(
+        self,
+        run: CleanRun,
+        site: Site,
+        keys: Sequence[tuple[int, ...]],
+        draw: Callable[..., np.ndarray],  # (*key, shape) -> numbers of that shape
+    ) -> Tensor:  # (key, P, width) on the run's device
+        """Return the numbers of a site for every key, such as a prompt and a draw."""
+        if site.index is None:
+            return _stacked(run.contributions[site], keys, draw)
+        inputs = run.head_inputs[site.layer]  # (prompt, P, head, width)
+        asked = inputs.shape[1:], inputs.device, list(keys)
+        if self._latest is None or self._latest[0] != asked:
+            self._latest = asked, _stacked(inputs, keys, draw)
+        return self._latest[1][:, :, site.index]
+
+
+def _stacked(like: Tensor, keys: Sequence[tuple[int, ...]], draw: Callable[..., np.ndarray]) -> Tensor:
+    shape = tuple(like.shape[1:])
+    return torch.from_numpy(np.stack([draw(*key, shape) for key in keys])).to(like.device)
+
+
 @dataclass
 class Self(_WithoutReplacement):
     """The control: a contribution replaced by itself. Its effects are the run's noise floor.
@@ -90,6 +120,7 @@ class Self(_WithoutReplacement):
     """
 
     key: Key
+    _drawn: _Drawn = field(default_factory=_Drawn, init=False, repr=False, compare=False)
 
     @classmethod
     def create(cls, inputs: Inputs) -> "Self":
@@ -99,10 +130,8 @@ class Self(_WithoutReplacement):
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the clean contribution, to the precision it has."""
         own = run.ablatable(site)[prompts]
-        steps = [
-            run.drawn(site, functools.partial(self.key.steps, prompt)) for prompt in run.prompts[prompts]
-        ]
-        moved = moved_by_rounding(own, torch.stack(steps).to(own.device))
+        keys = [(prompt,) for prompt in run.prompts[prompts]]
+        moved = moved_by_rounding(own, self._drawn.numbers(run, site, keys, self.key.steps))
         return moved[:, None].expand(-1, len(draws), -1, -1)
 
 
@@ -139,6 +168,7 @@ class Random(_WithoutReplacement):
 
     key: Key
     std: Values  # (P, d_model) of each site
+    _drawn: _Drawn = field(default_factory=_Drawn, init=False, repr=False, compare=False)
 
     @classmethod
     def create(cls, inputs: Inputs) -> "Random":
@@ -151,14 +181,10 @@ class Random(_WithoutReplacement):
         return self._scaled_noise(run, prompts, draws, site).to(own.dtype)
 
     def _scaled_noise(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
-        device = run.ablatable(site).device
-        noise = [
-            run.drawn(site, functools.partial(self.key.normal, prompt, draw))
-            for prompt in run.prompts[prompts]
-            for draw in draws
-        ]
-        std = self.std[site].to(device)  # (P, width)
-        return torch.stack(noise).to(device).reshape(-1, len(draws), *std.shape) * std
+        keys = [(prompt, draw) for prompt in run.prompts[prompts] for draw in draws]
+        noise = self._drawn.numbers(run, site, keys, self.key.normal)
+        std = self.std[site].to(noise.device)  # (P, width)
+        return noise.reshape(-1, len(draws), *std.shape) * std
 
 
 @dataclass
@@ -187,6 +213,8 @@ class Replace:
     n_draws: int
     store_prompts: list[int]  # ids of the stored prompts
     stored: Values  # (stored prompt, P, d_model) of each site
+    # The latest indices on the device, which the heads of a layer share: a GPU stops for every copy to it.
+    _latest: tuple[Any, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def create(cls, inputs: Inputs) -> "Replace":
@@ -199,9 +227,11 @@ class Replace:
     def value(self, run: CleanRun, prompts: slice, draws: range, site: Site) -> Tensor:
         """Return the stored contributions of the drawn prompts."""
         own = run.ablatable(site)
-        indices = np.stack([self._indices(p)[draws.start : draws.stop] for p in run.prompts[prompts]])
-        stored = self.stored[site].to(own.device)
-        return stored[torch.from_numpy(indices).to(own.device)].to(own.dtype)
+        asked = run.prompts[prompts], draws, own.device
+        if self._latest is None or self._latest[0] != asked:
+            indices = np.stack([self._indices(p)[draws.start : draws.stop] for p in asked[0]])
+            self._latest = asked, torch.from_numpy(indices).to(own.device)
+        return self.stored[site].to(own.device)[self._latest[1]].to(own.dtype)
 
     def replacement(self, prompt: int, draw: int) -> int:
         """Return the id of the stored prompt drawn for (prompt, draw)."""

@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,20 +57,16 @@ class CleanRun:
     head_readout: dict[int, Tensor] = field(default_factory=dict)
     prefix: attention.KeysValues = field(default_factory=dict)
 
+    @cached_property
+    def target_on_cpu(self) -> Tensor:  # (reading,) int64
+        """Return the target tokens on the CPU. They are copied once: a GPU finishes its work before each copy."""
+        return self.direction.target.cpu()
+
     def ablatable(self, site: Site) -> Tensor:  # (prompt, P, d_model), or (prompt, P, width) for a head
         """Return the activation that an ablation of `site` replaces: a contribution, or a head's part of x."""
         if site.index is None:
             return self.contributions[site]
         return self.head_inputs[site.layer][:, :, site.index]
-
-    def drawn(self, site: Site, draw: Callable[[tuple[int, ...]], np.ndarray]) -> Tensor:  # (P, width)
-        """Return random numbers for the site of one prompt; `draw` maps a shape to numbers.
-
-        Numbers are drawn for the whole contribution, or for all heads at once: each head gets its own.
-        """
-        if site.index is None:
-            return torch.from_numpy(draw(tuple(self.contributions[site].shape[1:])))
-        return torch.from_numpy(draw(tuple(self.head_inputs[site.layer].shape[1:])))[:, site.index]
 
     @property
     def length(self) -> int:

@@ -4,6 +4,8 @@ All quantities are centred logits of the target token at the position that is re
 Shapes: `row` stands for one ablated run (a prompt and a draw), `layer` for the model's layers, from 0.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,9 @@ def norm_effect(
     return ablated_logit * (1 - ablated_sigma / clean_sigma)
 
 
+@functools.lru_cache(
+    maxsize=1 << 10
+)  # a GPU waits for every copy to it, and each pass of a layer needs the same two
 def reached(
     ablated: Site, parallel: bool, layers: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:  # (layer,), (layer,)

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from selfrepair.effects.head_columns import SILENT, VALUES
+from selfrepair.models import memory
+
+Part = tuple[slice, slice, slice]  # of the prompts, the sites and the draws
 
 _AT_ONCE = 1 << 22  # numbers that are reduced at once; a single row may have more
 
@@ -25,6 +28,18 @@ class Design:
     groups: (
         np.ndarray | None
     )  # (prompt, draw) number of the replacement prompt, from 0; None if none is drawn
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What some rows add to the sums."""
+
+    sums: Tensor  # (value, site, head)
+    squares: Tensor  # (value, site, head)
+    kinds: dict[str, Tensor]  # -> (site, head)
+    by_prompt: Tensor  # (value, prompt, site, head) sums over the draws
+    flat: Tensor | None  # (value, site, row, head) where replacement prompts are drawn
+    group: Tensor | None  # (row,) replacement prompts, or on a GPU their indicator (replacement prompt, row)
 
 
 class HeadMoments:
@@ -63,40 +78,75 @@ class HeadMoments:
     ) -> None:
         """Add the rows of some prompts, sites and draws. A row's values are means over the positions that are read.
 
-        At most `_AT_ONCE` numbers are converted to float64 at once, or those of one prompt, site and draw.
+        At most `_AT_ONCE` numbers are converted to float64 at once, or those of one prompt, site and draw. If a GPU
+        runs out of memory, halves are added one after the other; raises InputError if one row alone does not fit.
         """
         indicator = len(self._sizes) if self._by_product else 0  # numbers per row, of the product
         room = _AT_ONCE // max(1, change.shape[3] * change.shape[4], indicator)
         some_draws = _parts(len(draws), room)
         some_sites = _parts(len(sites), room // len(draws))
         some_prompts = _parts(len(prompts), room // (len(draws) * len(sites)))
-        for p, s, d in itertools.product(some_prompts, some_sites, some_draws):
-            self._add(change[p, s, d], clean[p], loss[p, s, d], prompts[p], sites[s], draws[d])
+        pending = list(itertools.product(some_prompts, some_sites, some_draws))[::-1]
+        while pending:
+            part = p, s, d = pending.pop()
+            rows: _Rows | None
+            try:
+                rows = self._reduced(change[p, s, d], clean[p], loss[p, s, d], prompts[p], draws[d])
+            except torch.OutOfMemoryError:
+                rows = None
+            if rows is None:
+                # Outside of the handler: the error's traceback would keep the tensors of the failed attempt alive.
+                memory.release()
+                if (halves := _halves(part)) is None:
+                    raise memory.too_little(change.device, change.shape[3])
+                pending += reversed(halves)
+                continue
+            self._add(rows, prompts[p], sites[s], draws[d])
 
-    def _add(
-        self, change: Tensor, clean: Tensor, loss: Tensor, prompts: range, sites: range, draws: range
-    ) -> None:
-        precise, at = self._sums.dtype, slice(sites.start, sites.stop)
+    def _reduced(self, change: Tensor, clean: Tensor, loss: Tensor, prompts: range, draws: range) -> "_Rows":
+        """Return what some rows add to the sums. It changes no sum, so that it may fail and be tried again."""
+        precise = self._sums.dtype
         change, clean = change.to(precise), clean.to(precise)
         sign = loss.to(precise).sign()[..., None]
         aligned = sign * change
         gain = aligned.clamp_min(0.0)
         against = sign * clean[:, None, None] < -SILENT
-        self._kinds["attenuated"][at] += torch.where(against, gain, 0.0).mean(3).sum((0, 2))
-        self._kinds["woken"][at] += torch.where(against, 0.0, gain).mean(3).sum((0, 2))
-        change, aligned = change.mean(3), aligned.mean(3)
-        for number, values in enumerate((change, aligned)):
-            self._sums[number, at] += values.sum((0, 2))
-            self._squares[number, at] += values.square().sum((0, 2))
-            if self._groups is not None:
-                self._add_by_group(self._groups[number, at], values, prompts, draws)
-        by_prompt = torch.stack([change.sum(2), aligned.sum(2)])  # (value, prompt, site, head)
+        kinds = {
+            "attenuated": torch.where(against, gain, 0.0).mean(3).sum((0, 2)),
+            "woken": torch.where(against, 0.0, gain).mean(3).sum((0, 2)),
+        }
+        values = torch.stack([change.mean(3), aligned.mean(3)])  # (value, prompt, site, draw, head)
+        flat = group = None
+        if self.design.groups is not None:
+            flat = values.transpose(1, 2).flatten(2, 3)  # (value, site, row, head)
+            own = self.design.groups[prompts.start : prompts.stop, draws.start : draws.stop]
+            group = torch.from_numpy(np.ascontiguousarray(own).reshape(-1)).to(change.device)
+            if self._by_product:
+                indicator = flat.new_zeros(len(self._sizes), len(group))
+                group = indicator.index_put_(
+                    (group, torch.arange(len(group), device=group.device)), flat.new_ones(())
+                )
+        return _Rows(values.sum((1, 3)), values.square().sum((1, 3)), kinds, values.sum(3), flat, group)
+
+    def _add(self, rows: "_Rows", prompts: range, sites: range, draws: range) -> None:
+        at = slice(sites.start, sites.stop)
+        self._sums[:, at] += rows.sums
+        self._squares[:, at] += rows.squares
+        for name, gains in rows.kinds.items():
+            self._kinds[name][at] += gains
+        if self._groups is not None and rows.flat is not None and rows.group is not None:
+            for totals, flat in zip(self._groups[:, at], rows.flat, strict=True):
+                if self._by_product:
+                    totals.baddbmm_(rows.group.expand(len(flat), -1, -1), flat)
+                else:
+                    totals.index_add_(1, rows.group, flat)
         if len(draws) == self.design.n_draws:
-            self._close(by_prompt, at)
+            self._close(rows.by_prompt, at)
             return
         for (p, prompt), (n, site) in itertools.product(enumerate(prompts), enumerate(sites)):
-            sums, count = self._open.pop((prompt, site), (torch.zeros_like(by_prompt[:, p, n]), 0))
-            sums, count = sums + by_prompt[:, p, n], count + len(draws)
+            own = rows.by_prompt[:, p, n]
+            sums, count = self._open.pop((prompt, site), (torch.zeros_like(own), 0))
+            sums, count = sums + own, count + len(draws)
             if count == self.design.n_draws:
                 self._close(sums[:, None, None], slice(site, site + 1))
             else:
@@ -110,26 +160,6 @@ class HeadMoments:
             largest, head = aligned.max(-1, keepdim=True)
             best = torch.zeros_like(aligned).scatter_(-1, head, (largest > 0).to(aligned.dtype))
             self._best[at] += best.sum(0)
-
-    def _add_by_group(
-        self,
-        totals: Tensor,  # (site, group, head), changed in place
-        values: Tensor,  # (prompt, site, draw, head)
-        prompts: range,
-        draws: range,
-    ) -> None:
-        """Add the rows' values to the totals of their replacement prompts."""
-        assert self.design.groups is not None
-        group = self.design.groups[prompts.start : prompts.stop, draws.start : draws.stop]
-        index = torch.from_numpy(np.ascontiguousarray(group).reshape(-1)).to(values.device)
-        flat = values.transpose(0, 1).flatten(1, 2)  # (site, row, head)
-        if not self._by_product:
-            totals.index_add_(1, index, flat)
-            return
-        indicator = values.new_zeros(len(self._sizes), len(index))
-        indicator[index, torch.arange(len(index), device=index.device)] = 1.0
-        for total, rows in zip(totals, flat, strict=True):
-            total.addmm_(indicator, rows)
 
     def columns(self, site: int) -> dict[str, np.ndarray]:
         """Return every column of `head_columns.STATISTICS` of one site, (head,) each. All rows must have been added."""
@@ -165,3 +195,14 @@ def _parts(n: int, size: int) -> list[slice]:
     """Return the slices that divide n elements into parts of at most `size`, or of 1."""
     size = max(1, size)
     return [slice(first, min(n, first + size)) for first in range(0, n, size)]
+
+
+def _halves(part: Part) -> list[Part] | None:
+    """Return the same part in two pieces, cut along its first dimension that has more than one element."""
+    for number, own in enumerate(part):
+        if own.stop - own.start > 1:
+            middle = (own.start + own.stop) // 2
+            cut = slice(own.start, middle), slice(middle, own.stop)
+            pieces = [[*part[:number], piece, *part[number + 1 :]] for piece in cut]
+            return [(prompts, sites, draws) for prompts, sites, draws in pieces]
+    return None

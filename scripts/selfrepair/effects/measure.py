@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from selfrepair.effects import heads
 from selfrepair.effects.ablations import Ablation
@@ -71,7 +72,7 @@ class _Keys:
             run, n_read = block.run, block.run.n_read
             prompts = np.array(run.prompts)[rectangle.slice]
             rows = np.stack(np.meshgrid(prompts, rectangle.sites, rectangle.draws, indexing="ij"))
-            read = torch.stack([run.position, run.direction.target.cpu()])  # (2, reading of the run)
+            read = torch.stack([run.position, run.target_on_cpu])  # (2, reading of the run)
             per_reading = block.per_reading(read.T).T.numpy()
             keys.append(np.concatenate([rows.reshape(3, -1).repeat(n_read, 1), per_reading]))
         return cls(*np.concatenate(keys, 1))
@@ -98,19 +99,36 @@ def measure(
     for sites in _sharing(settings.sites):
         if later_heads is not None:
             later_heads.start(sites)
-        for effects, rows in _pieces(loaded, runs, ablation, sites, settings, later_heads):
+        for columns, rows in _pieces(loaded, runs, ablation, sites, settings, later_heads):
             parts["site"].append(np.array([number_of[sites[number]] for number in rows.site]))
             for name in ("prompt", "draw", "position", "target"):
                 parts[name].append(getattr(rows, name))
-            for name in COLUMNS:
-                values = getattr(effects, name)
-                if values is not None:
-                    parts[name].append(values.to("cpu").numpy())
+            for name, values in columns.items():
+                parts[name].append(values)
         if later_heads is not None:
             later_heads.finish()
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     order = np.argsort(joined["site"], kind="stable")
     return {name: values[order] for name, values in joined.items()}
+
+
+def _on_cpu(effects: Effects) -> dict[str, np.ndarray]:
+    """Return the columns that were measured.
+
+    Columns of one shape and type leave a GPU in one copy, because it stops for each.
+    """
+    if effects.delta_ablate.device.type == "cpu":
+        columns_here = {name: getattr(effects, name) for name in COLUMNS}
+        return {name: values.numpy() for name, values in columns_here.items() if values is not None}
+    alike: dict[tuple[torch.Size, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
+    for name in COLUMNS:
+        values = getattr(effects, name)
+        if values is not None:
+            alike[values.shape, values.dtype][name] = values
+    copied: dict[str, np.ndarray] = {}
+    for columns in alike.values():
+        copied |= zip(columns, torch.stack(list(columns.values())).cpu().numpy(), strict=True)
+    return copied
 
 
 def _sharing(sites: tuple[Site, ...]) -> list[list[Site]]:
@@ -131,13 +149,14 @@ def _pieces(
     sites: list[Site],
     settings: Settings,
     later_heads: LaterHeads | None,
-) -> Iterator[tuple[Effects, _Keys]]:
-    """Yield the effects of the rows that run at once, with their keys."""
+) -> Iterator[tuple[dict[str, np.ndarray], _Keys]]:
+    """Yield the columns of the rows that run at once, with their keys."""
     layer = sites[0].layer
     pending = list(reversed(list(_rectangles(runs, settings, len(sites)))))
     while pending:
         group = pending.pop()
         changes: HeadChanges | None = None
+        columns: dict[str, np.ndarray] | None
         try:
             blocks = [
                 _block(loaded, runs.run(rectangle.batch, layer), rectangle, ablation, sites)
@@ -148,9 +167,10 @@ def _pieces(
                 effects = ablate(loaded, blocks, *run)
             else:
                 effects, changes = ablate_and_read_heads(loaded, blocks, *run)
+            columns = _on_cpu(effects)
         except torch.OutOfMemoryError:
-            effects = None
-        if effects is None:
+            columns = None
+        if columns is None:
             # Outside of the handler: the error's traceback would keep the tensors of the failed attempt alive.
             memory.release()
             halves = _halves(group)
@@ -163,7 +183,7 @@ def _pieces(
             continue
         if later_heads is not None and changes is not None:
             _add(later_heads, group, blocks, effects, changes)
-        yield effects, _Keys.from_blocks(group, blocks)
+        yield columns, _Keys.from_blocks(group, blocks)
 
 
 def _add(

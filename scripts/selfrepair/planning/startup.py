@@ -88,3 +88,28 @@ def disable_submission_timers(workflow: Any) -> None:
     """
     if workflow.local_exec and hasattr(workflow.scheduler, "job_rate_limiter"):
         workflow.scheduler.job_rate_limiter = None
+
+
+def set_jobs_at_a_time(workflow: Any, visible: int) -> str | None:
+    """Set how many jobs with a model may have started, and return a warning if `visible` devices cannot all be busy.
+
+    Without `gpu=N` from the command line or a profile, the number is twice that of the devices and at least 4: a job
+    per device computes while the next one starts. Does nothing for a run through a batch system.
+    """
+    if not workflow.local_exec:
+        return None
+    resources = workflow.global_resources
+    if "gpu" not in resources:
+        workflow.register_resource("gpu", max(4, 2 * visible))
+        workflow.scheduler.global_resources["gpu"] = max(4, 2 * visible)
+    elif (jobs := resources["gpu"].value) < visible:
+        return (
+            f"Warning: {visible} devices are visible, and `gpu={jobs}` lets jobs use {jobs} at a time. "
+            f"Use `--resources gpu={2 * visible}`, or leave it out."
+        )
+    if workflow.cores < visible:
+        return (
+            f"Warning: {visible} devices are visible, and `--cores {workflow.cores}` lets {workflow.cores} jobs run at "
+            f"a time. Use `--cores {2 * visible}`."
+        )
+    return None
