@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from selfrepair.effects import trimming
-from selfrepair.effects.ablations import Replace
+from selfrepair.effects.ablations import EmbeddingNoise, Replace
 from selfrepair.effects.clean import clean_run
 from selfrepair.effects.draws import Key
 from selfrepair.effects.later_heads import LaterHeads
@@ -226,3 +226,26 @@ def test_reading_later_heads_costs_dot_products_only(loaded, positions, path, he
         for heads in (False, True)
     )
     assert with_heads - clean == 2 * L * OUT
+
+
+def test_heads_of_a_layer_share_the_noised_runs(loaded):
+    """At all positions noised runs are not kept. Passes of two heads at a time take every prompt and draw once."""
+    prompts, _ = cell_prompts()
+    layer = 2
+    sites = tuple(Site(layer, "attn", head) for head in range(HEADS))
+    runs = CleanRuns(loaded, prompts, "all", False, 4096, 1 << 30, True)
+    runs.run(0, layer)
+
+    def noised(sites):
+        rows = 2 * DRAWS * T
+        ablation = EmbeddingNoise(Key(0, "s", "noise"), loaded, "all", rows)
+        return measure(loaded, runs, ablation, Settings(sites, DRAWS, "all", "trimmed", rows))
+
+    together = {}
+    found = calls(loaded, lambda: together.update(noised(sites)))
+    assert found["0.self_attn"] == PROMPTS  # the draws of a prompt are one pass; effects begin at layer 2
+    for number, site in enumerate(sites):
+        alone, chosen = noised((site,)), together["site"] == number
+        for name in ("prompt", "draw", "direct_effect", "delta_ablate", "compensation_mlp"):
+            assert together[name][chosen] == pytest.approx(alone[name], abs=1e-5), name
+        assert abs(alone["direct_effect"]).max() > 1e-2

@@ -221,8 +221,15 @@ def test_reading_every_position_costs_a_row_each_of_which_a_share_is_stored(root
     assert [found[name].rows for name in found] == [runs, runs * 10, pytest.approx(runs * 9 * 0.1, abs=4)]
     assert found["every"].operations["effects"] == found["last"].operations["effects"]
     assert found["top"].disk["averages, selections"] == found["every"].disk["averages, selections"]
+    # Rows; 4 files with 5 sites each, and the sums of 5 prompts: 3 selections, 8 quantiles, 10 sums.
+    profile = runs * (2 * 4 * 8 + costs._ROW)
+    pooled = 5 * 3 * 8 * 10 * 4
+    assert found["top"].disk["averages, selections"] == profile + 4 * (5 * costs._SELECTIONS + 12e3 + pooled)
     assert found["top"].disk["effects"] < found["every"].disk["effects"] / 3
     experiment, model = config.experiments["grid"], config.models["demo"]
+    # Rows wait in main memory; clean runs of every position take more of the device, passes do not.
+    assert found["every"].memory == found["last"].memory and found["last"].rows_held == 0
+    assert found["top"].rows_held == costs.held_rows_bytes(experiment, costs.size_of(model), 10) > 0
     held = (
         3 * (5 * 2 * 5 * 9) * 4 * (2 * 8 + costs._SCALARS)
     )  # rows of 4 heads and the attention, 9 positions

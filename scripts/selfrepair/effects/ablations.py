@@ -261,6 +261,8 @@ class EmbeddingNoise(_WithoutReplacement):
     heads: bool = (
         False  # whether heads are ablated as well: their parts are then kept from the same noised run
     )
+    # If runs are not kept: the heads of the last layer asked for, of the last pairs. Heads of a layer ask in a row.
+    _last: dict[tuple[int, int], NoisedRun] = field(default_factory=dict)
 
     @classmethod
     def create(cls, inputs: Inputs) -> "EmbeddingNoise":
@@ -272,23 +274,29 @@ class EmbeddingNoise(_WithoutReplacement):
         ids = run.prompts[prompts]
         tokens = dict(zip(ids, run.input_ids[prompts], strict=True))
         pairs = [(prompt, draw) for prompt in ids for draw in draws]
-        cached = self.kept if self.kept is not None else {}
+        cached = self.kept if self.kept is not None else self._last
         values = {pair: cached[pair][site] for pair in pairs if site in cached.get(pair, {})}
         missing = [pair for pair in pairs if pair not in values]
+        if missing and self.kept is None:
+            self._last = cached = {}
         per_pass = max(1, self.rows // run.length)
         for first in range(0, len(missing), per_pass):
             batch = missing[first : first + per_pass]
-            noised = self._noised(batch, tokens, {site} if self.kept is None else self._every_site(site))
+            noised = self._noised(batch, tokens, self._with_others(site))
             values.update(zip(batch, noised[site], strict=True))
-            if self.kept is not None:
-                for number, pair in enumerate(batch):
-                    kept = {at: tensor[number] for at, tensor in noised.items()}
-                    self.kept.setdefault(pair, {}).update(kept)
+            for number, pair in enumerate(batch):
+                cached.setdefault(pair, {}).update({at: tensor[number] for at, tensor in noised.items()})
         value = torch.stack([values[pair] for pair in pairs])
         return value.reshape(len(ids), len(draws), *value.shape[1:])
 
-    def _every_site(self, site: Site) -> set[Site]:
-        """Return all contributions of the model, and all of its heads if heads are ablated."""
+    def _with_others(self, site: Site) -> set[Site]:
+        """Return the sites that are read from one noised run.
+
+        If runs are kept: all contributions of the model, and all of its heads if heads are ablated. Otherwise the
+        site, or all heads of its layer.
+        """
+        if self.kept is None:
+            return {site} if site.index is None else set(self.loaded.head_sites(site.layer))
         layers = range(self.loaded.n_layers)
         sites = set(contributions(layers))
         if self.heads or site.index is not None:

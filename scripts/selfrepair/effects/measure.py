@@ -236,35 +236,37 @@ def _rectangles(runs: CleanRuns, settings: Settings, n_sites: int) -> Iterator[l
         per_row = 1 if path in ("rows", "decode") else batch.length
         draws_at_once = min(n_draws, max(1, rows // per_row))
         sites_at_once = min(n_sites, max(1, rows // (per_row * draws_at_once)))
-        for site in range(0, n_sites, sites_at_once):
-            sites = range(site, min(n_sites, site + sites_at_once))
-            per_prompt = per_row * draws_at_once * len(sites)
-            first = 0
-            while first < len(batch.prompts):
-                # Fill the rest of the group; start another if not even one prompt fits.
-                fitting = room // per_prompt
-                if fitting == 0 and group:
-                    yield group
-                    group, room = [], rows
-                    continue
-                size = min(max(1, fitting), len(batch.prompts) - first)
-                prompts = range(first, first + size)
-                for draw in range(0, n_draws, draws_at_once):
-                    draws = range(draw, min(n_draws, draw + draws_at_once))
-                    rectangle = _Rectangle(number, prompts, sites, draws)
-                    if draws_at_once < n_draws:
-                        yield [rectangle]
-                    else:
-                        group.append(rectangle)
-                        room -= size * per_prompt
-                first += size
-                # Other paths take one rectangle of one length. Runs that are not kept are in memory one batch at a
-                # time.
-                if group and (path != "rows" or not runs.all_kept):
-                    yield group
-                    group, room = [], rows
+        whole = draws_at_once == n_draws and sites_at_once == n_sites
+        per_prompt = per_row * draws_at_once * sites_at_once
+        first = 0
+        while first < len(batch.prompts):
+            # Fill the rest of the group; start another if not even one prompt fits.
+            fitting = room // per_prompt
+            if fitting == 0 and group:
+                yield group
+                group, room = [], rows
+                continue
+            size = min(max(1, fitting), len(batch.prompts) - first)
+            prompts = range(first, first + size)
+            first += size
+            if not whole:
+                for draws in _split(n_draws, draws_at_once):
+                    # Sites last: heads share the noised runs of these prompts and draws.
+                    for sites in _split(n_sites, sites_at_once):
+                        yield [_Rectangle(number, prompts, sites, draws)]
+                continue
+            group.append(_Rectangle(number, prompts, range(n_sites), range(n_draws)))
+            room -= size * per_prompt
+            # Other paths take one rectangle of one length. Runs that are not kept are in memory one batch at a time.
+            if path != "rows" or not runs.all_kept:
+                yield group
+                group, room = [], rows
     if group:
         yield group
+
+
+def _split(n: int, at_once: int) -> list[range]:
+    return [range(first, min(n, first + at_once)) for first in range(0, n, at_once)]
 
 
 def _halves(group: list[_Rectangle]) -> list[list[_Rectangle]] | None:

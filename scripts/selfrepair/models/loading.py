@@ -90,6 +90,12 @@ class LoadedModel:
         """Return the sites of a layer's query heads. Raises InputError if it has none."""
         return tuple(Site(number, ATTN, head) for head in range(self.heads(number).n_heads))
 
+    @property
+    def heads_width(self) -> int:
+        """Return the numbers of all heads of a layer together, of the widest layer; 0 if no layer has heads."""
+        splits = [layer.heads for layer in self.adapter.layers if layer.heads is not None]
+        return max((split.n_heads * split.width for split in splits), default=0)
+
     def from_heads(self, number: int, x: Tensor) -> Tensor:  # (..., n_heads * width) -> (..., d_model)
         """Return the attention contribution f(x) that a layer makes of its heads' parts x, multiplier included.
 

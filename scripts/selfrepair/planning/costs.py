@@ -19,6 +19,9 @@ _PAIR = 67  # bytes of an ablated site and a later head in downstream_heads/, co
 _PAIR_OF_SUMMARY = 61  # the same in summary/downstream.parquet
 _PASS = 4096  # tokens of a pass on a CPU
 _SELECTIONS = 2400  # bytes of an ablated site in selections/, compressed
+_SELECTED_PROMPT = (
+    3 * 8 * 10 * 4
+)  # bytes of a prompt in its metadata: selections x quantiles x sums, hardly compressible
 _SCALARS = 20  # numbers of a row beside its lists
 _PAGES = 30 << 20  # bytes of the figures and the report of an experiment and model
 
@@ -34,6 +37,7 @@ class Costs:
     operations: dict[str, float]  # by stage
     disk: dict[str, float]  # bytes by stage
     memory: float  # bytes on the device: weights and what one pass takes
+    rows_held: float  # bytes of main memory: rows of a cell with `read: every` until they are reduced
     kept: float  # bytes more, with which no clean run is made twice
 
 
@@ -44,9 +48,8 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
     ablations = grid.ablations(experiment)
     everywhere = experiment.positions == "all"
     heads = HEADS in experiment.components
-    tensors = (
-        4.0 if heads else 3.0
-    )  # per layer and position kept: the residual stream, what is added to it, heads
+    # Per layer and position kept: what is added to the residual stream, and the heads.
+    added = 2 * size.width + (size.heads_width if heads else 0)
     rows = runs_ablated = 0
     clean = cells = stored = kept = 0.0
     for dataset in experiment.datasets:
@@ -58,10 +61,10 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         kept += (
             experiment.samples
             * size.item
-            * (tensors * size.layers * size.width * per_row + size.layers * size.keys_values * length)
+            * (size.layers * (size.width + added) * per_row + size.layers * size.keys_values * length)
         )
         if heads and experiment.read == "last":  # the directions that read the heads, in readout precision
-            kept += experiment.samples * 4 * size.layers * size.width
+            kept += experiment.samples * 4 * size.layers * size.heads_width
         read = _positions_read(experiment, length)
         if experiment.read == "every":
             # A second pass over the source prompts; directions and the final residual stream of every position.
@@ -81,19 +84,21 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         "tokens": sum(
             (experiment.samples + experiment.store) * 8 * lengths[dataset] for dataset in experiment.datasets
         ),
-        "activations": (tensors - 1) * size.layers * stored * size.width * size.item,
+        "activations": size.layers * stored * added * size.item,
         "clean": sources * (16.0 * size.layers + 100),
         "effects": rows * (2 * 4 * size.layers + _ROW) + n_cells * 6e3,
         "summary, figures, report": _PAGES + n_cells * len(experiment.components) * 1e3,
     }
     working = _PASS * row_bytes(size.item, size.width, size.widest, size.heads, longest)
     working += longest * 4 * size.vocabulary * 4
+    rows_held = 0.0
     if experiment.read == "every":
         sites = _sites(experiment, size)
+        pooled = experiment.samples * _SELECTED_PROMPT if heads else 0
         disk["averages, selections"] = runs_ablated * (2 * 4 * size.layers + _ROW) + n_cells * (
-            sites * _SELECTIONS + 12e3
+            sites * _SELECTIONS + pooled + 12e3
         )
-        working += held_rows_bytes(experiment, size, longest)
+        rows_held = held_rows_bytes(experiment, size, longest)
     if heads:
         pairs = _pairs(experiment, size, layers) * len(experiment.datasets)
         disk["changes of later heads"] = pairs * len(ablations) * _PAIR + n_cells * 9e3
@@ -111,6 +116,7 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
         operations,
         disk,
         size.weights + working,
+        rows_held,
         kept,
     )
 
@@ -188,7 +194,8 @@ def cell_operations(experiment: Experiment, model: Model, ablation: str, layer: 
     runs = experiment.samples * grid.draws(experiment, ablation)
     operations = runs * (length if everywhere else 1.0) * layers * _layer(size, length)
     if ablation == "noise":  # a run of its own per draw: once per source if kept, else up to every layer
-        share = 0.5 if everywhere else 1 / len(grid.layers(experiment, model))
+        # Attention, MLP, and all heads together.
+        share = 0.5 * len(experiment.components) if everywhere else 1 / len(grid.layers(experiment, model))
         operations += runs * length * forward_operations(size, length) * share
     return operations
 

@@ -31,6 +31,7 @@ class Size:
     vocabulary: int
     item: int  # bytes of a number in the model's dtype
     heads: int = 1  # query heads per layer
+    heads_width: int = 0  # numbers of all heads of a layer together: may exceed d_model
     widest: int = 0  # the longest side of a weight of a layer
 
     @property
@@ -72,8 +73,18 @@ def size_of(model: Model) -> Size:
         embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings", True) else 2)
         parameters = layers * block + embeddings
         widest = max(inner, heads * head)
-    item = ITEM[model.dtype]
-    return Size(parameters, embeddings, layers, width, keys_values, vocabulary, item, heads, widest)
+    return Size(
+        parameters=parameters,
+        embeddings=embeddings,
+        layers=layers,
+        width=width,
+        keys_values=keys_values,
+        vocabulary=vocabulary,
+        item=ITEM[model.dtype],
+        heads=heads,
+        heads_width=heads * head,
+        widest=widest,
+    )
 
 
 def _shapes(directory: Path) -> list[list[int]]:

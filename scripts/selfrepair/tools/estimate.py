@@ -122,6 +122,10 @@ def report(config: Config, device: str | None, times: bool) -> list[str]:
         print(f"  disk            {_bytes(sum(cost.disk.values()))}: {parts}")
         most = _bytes(cost.memory + cost.kept)
         print(f"  memory          {_bytes(cost.memory)} on the device at least; {most} keeps every clean run")
+        if cost.rows_held:
+            print(
+                f"  main memory     {_bytes(cost.rows_held)} more for the rows of a cell until they are reduced"
+            )
         if model.device != "cpu":
             print(f"  devices         {_devices(size, cost, devices.cuda_memory() if times else [])}")
     disk = _bytes(sum(sum(cost.disk.values()) for cost in models))
@@ -164,6 +168,7 @@ def _warnings(config: Config, models: Sequence[Costs], device: str | None, look_
             at, size = pick_device(device or model.device), size_of(model)
             working = cost.memory - size.weights
             needed_here = largest_load(size, min(model.devices, size.layers)) + working
+            needed_here += cost.rows_held if at.type == "cpu" else 0
             if needed_here > (free := memory.free(at)):
                 n = devices_needed(size, working, free) if at.type == "cuda" else None
                 more = f"set `devices: {n}`, " if n else ""

@@ -141,11 +141,13 @@ def _store(
     """Write the activations of the store prompts, one file per layer."""
     stored = prompts.read(job.input["tokens"], "store")
     kept = sum(len(row.input_ids) if positions == "all" else 1 for row in stored)
-    one_vector = loaded.adapter.d_model * loaded.dtype.itemsize
-    at_once = max(1, _HELD // max(1, (3 if heads else 2) * kept * one_vector))
+    # Two contributions per layer, and the inputs of the output projection, which may be wider.
+    one = 2 * loaded.adapter.d_model + (loaded.heads_width if heads else 0)
+    at_once = max(1, _HELD // max(1, kept * one * loaded.dtype.itemsize))
     if positions == "all":
-        # On the device: the residual stream and two contributions of each of these layers.
-        rows = min(rows, _HELD // ((4 if heads else 3) * one_vector * min(at_once, loaded.n_layers)))
+        # On the device: the residual stream as well, of each of these layers.
+        one += loaded.adapter.d_model
+        rows = max(1, min(rows, _HELD // (one * loaded.dtype.itemsize * min(at_once, loaded.n_layers))))
     order = {row.id: number for number, row in enumerate(stored)}
     for first in range(0, loaded.n_layers, at_once):
         layers = range(first, min(first + at_once, loaded.n_layers))

@@ -68,8 +68,8 @@ def run(job: Job, session: Session) -> None:
     sites = _sites(loaded, params["layer"], params["components"])
     ablation = ablations.create(params["ablation"], _inputs(job, loaded, rows))
     if isinstance(ablation, EmbeddingNoise) and positions == "last":
-        vectors = len(sources) * params["draws"] * (3 if heads else 2) * loaded.n_layers
-        size = vectors * loaded.adapter.d_model * loaded.dtype.itemsize
+        one = 2 * loaded.adapter.d_model + (loaded.heads_width if heads else 0)
+        size = len(sources) * params["draws"] * loaded.n_layers * one * loaded.dtype.itemsize
         ablation.kept, ablation.heads = session.noise((key, ablation.key, heads), size), heads
     foils = {prompt.id: prompt.foil for prompt in source if prompt.foil is not None}
     asked = Asked(tuple(params.get("outcomes", ())), foils)
