@@ -4,7 +4,6 @@ The functions in `__all__` are the Python API (docs/python.md). They are importe
 this package and must not import torch.
 """
 
-import importlib
 from typing import Any
 
 __version__ = "0.1.0"
@@ -15,4 +14,6 @@ def __getattr__(name: str) -> Any:
     """Return a function of the API. Raises AttributeError for another name."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module("selfrepair.tools.api"), name)

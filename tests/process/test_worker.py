@@ -304,7 +304,7 @@ def test_without_a_private_directory_the_message_says_what_to_do(
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
-    monkeypatch.setattr(addresses.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(addresses, "_ADDRESS_BYTES", len(os.fsencode(tmp_path)) + 64)
     assert (
         addresses.private_directory() == tmp_path / f"hydra-effect-{os.getuid()}"
@@ -318,7 +318,7 @@ def test_a_directory_that_is_someone_elses_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr(addresses.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     target = tmp_path / "elsewhere"
     target.mkdir()
     (tmp_path / f"hydra-effect-{os.getuid()}").symlink_to(target)  # a trap laid in a shared directory

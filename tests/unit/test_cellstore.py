@@ -2,7 +2,6 @@ import io
 import json
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +101,16 @@ def changed_activations(job: Job) -> Job:
 
 
 CHANGES: dict[str, Callable[[Job], Job]] = {
-    "a parameter": lambda job: replace(job, params={**job.params, "layer": 2}),
-    "the code": lambda job: replace(job, params={**job.params, "code": "d"}),
-    "a nested parameter": lambda job: replace(
-        job, params={**job.params, "model_spec": {"dtype": "bfloat16"}}
+    "a parameter": lambda job: job._replace(params={**job.params, "layer": 2}),
+    "the code": lambda job: job._replace(params={**job.params, "code": "d"}),
+    "a nested parameter": lambda job: job._replace(
+        params={**job.params, "model_spec": {"dtype": "bfloat16"}}
     ),
-    "a new parameter": lambda job: replace(job, params={**job.params, "seed": None}),
+    "a new parameter": lambda job: job._replace(params={**job.params, "seed": None}),
     "a table": changed_tokens,
     "a tensor": changed_activations,
-    "an input less": lambda job: replace(job, input={"tokens": job.input["tokens"]}),
-    "the stage": lambda job: replace(job, stage="heads"),
+    "an input less": lambda job: job._replace(input={"tokens": job.input["tokens"]}),
+    "the stage": lambda job: job._replace(stage="heads"),
 }
 
 
@@ -125,8 +124,7 @@ def test_where_and_how_do_not_count(job: Job, tmp_path: Path) -> None:
     before = cellstore.cell_key(job)
     elsewhere = tmp_path / "copy.parquet"
     elsewhere.write_bytes(Path(job.input["tokens"]).read_bytes())
-    moved = replace(
-        job,
+    moved = job._replace(
         input={"activations": job.input["activations"], "tokens": str(elsewhere)},
         output={"cell": "other.parquet"},
         runtime={"device": "cuda", "cells": "x"},
@@ -138,7 +136,7 @@ def test_where_and_how_do_not_count(job: Job, tmp_path: Path) -> None:
 
 def test_swapped_inputs_are_another_cell(job: Job) -> None:
     swapped = {"tokens": job.input["activations"], "activations": job.input["tokens"]}
-    assert cellstore.cell_key(replace(job, input=swapped)) != cellstore.cell_key(job)
+    assert cellstore.cell_key(job._replace(input=swapped)) != cellstore.cell_key(job)
 
 
 def test_the_content_counts_where_a_file_states_no_digest(tmp_path: Path) -> None:
@@ -211,9 +209,9 @@ def test_prune_drops_what_no_cell_uses(job: Job, capsys: pytest.CaptureFixture[s
     results = Path(job.runtime["cells"]).parent
     cellstore.fetch_or_compute(job, Computing())
     cellstore.fetch_or_compute(
-        replace(job, params={**job.params, "layer": 2}), Computing()
+        job._replace(params={**job.params, "layer": 2}), Computing()
     )  # takes over the output
-    kept = cellstore.cell_key(replace(job, params={**job.params, "layer": 2}))
+    kept = cellstore.cell_key(job._replace(params={**job.params, "layer": 2}))
     (results / ".cells" / ".x.parquet.1-a.tmp").touch()
     assert len(entries(job)) == 2
     assert prune.main([str(results)]) == 0
@@ -239,7 +237,7 @@ def test_a_file_in_place_of_the_store_is_an_input_error(job: Job) -> None:
 
 def test_a_cell_with_two_files_is_linked_whole_or_computed_again(job: Job, tmp_path: Path) -> None:
     second = tmp_path / "results/e/m/downstream_heads/source=a/ablation=zero/layer=1.parquet"
-    both = replace(job, output={**job.output, "downstream_heads": str(second)})
+    both = job._replace(output={**job.output, "downstream_heads": str(second)})
     calls = []
 
     def compute(inner: Job) -> None:

@@ -2,14 +2,18 @@
 # every value that shapes its result.
 
 import functools
+import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import update_config
 
 # Not `import workflow...`: that would replace Snakemake's own `workflow`.
-sys.path.insert(0, str(Path(workflow.current_basedir).parents[1] / "scripts"))
+SCRIPTS = Path(workflow.current_basedir).parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 
 from selfrepair.errors import InputError
 from selfrepair.jobs import devices, lifeline
@@ -41,6 +45,20 @@ def runtime(wildcards, resources):
     # Snakemake does not compare parameters that ask for `resources` with the last run: device, worker and rows
     # may change without rerunning anything. A value that shapes a result must not be passed this way.
     return PLAN.runtime(wildcards)
+
+
+def cell_command(wildcards, input, output, resources):
+    # Snakemake does not compare this command either; it compares `spec`.
+    job = {
+        "input": dict(input.items()),
+        "output": dict(output.items()),
+        "params": PLAN.effects(wildcards),
+        "runtime": PLAN.runtime(wildcards),
+    }
+    # In a conda environment `python` is that of the environment. Elsewhere it may be missing or another one.
+    deployed = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+    python = "python" if deployed else sys.executable
+    return "exec " + shlex.join([python, "-P", str(SCRIPTS / "effects.py"), json.dumps(job)])
 
 
 def captioned(path):

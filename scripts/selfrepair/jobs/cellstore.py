@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from selfrepair.errors import DamagedFileError, InputError
@@ -56,7 +55,7 @@ def fetch_or_compute(job: Job, compute: Callable[[Job], None]) -> None:
         entry.unlink(missing_ok=True)
         remove_leftovers(entry)
     outputs = {name: os.fspath(entry) for name, entry in entries.items()}
-    compute(replace(job, output=outputs, runtime={**job.runtime, "cell_key": key}))
+    compute(job._replace(output=outputs, runtime={**job.runtime, "cell_key": key}))
     for name, entry in entries.items():
         link(entry, Path(job.output[name]))
 

@@ -8,7 +8,6 @@ process, sees only the leased device (`CUDA_VISIBLE_DEVICES`), so that results d
 """
 
 import contextlib
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -17,7 +16,6 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -193,6 +191,8 @@ def _cuda_devices(visible: str | None) -> list[str]:
 @functools.cache
 def cuda_memory() -> list[int]:
     """Return the bytes of memory of each visible CUDA device, from the driver: importing torch takes seconds."""
+    import ctypes  # this module is part of every job, which must start in milliseconds
+
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -209,6 +209,8 @@ def cuda_memory() -> list[int]:
 
 
 def _torch_has_cuda() -> bool:
+    from importlib.util import find_spec
+
     spec = find_spec("torch")  # does not import it
     if spec is None or spec.origin is None:
         return False

@@ -1,13 +1,9 @@
 """Write everything that a job prints and logs to the job's own file, also what C libraries print."""
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterator
-
-LOGGER = logging.getLogger("selfrepair")
-FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
 
 
 def clear(path: str | None) -> None:
@@ -36,6 +32,9 @@ def redirected(path: str | None) -> Iterator[None]:
 
     The process gets its own standard output and error back afterwards. With None they are not redirected.
     """
+    import logging  # not for a job that sends its work to a worker
+
+    logger = logging.getLogger("selfrepair")
     saved = []
     sys.stdout.flush()
     sys.stderr.flush()
@@ -48,15 +47,15 @@ def redirected(path: str | None) -> Iterator[None]:
     # Not sys.stderr, which tests and notebooks replace by streams that do not write to descriptor 2.
     stream = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - closed below
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(FORMAT)
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel(logging.INFO)
-    propagate, LOGGER.propagate = LOGGER.propagate, False
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    propagate, logger.propagate = logger.propagate, False
     try:
         yield
     finally:
-        LOGGER.propagate = propagate
-        LOGGER.removeHandler(handler)
+        logger.propagate = propagate
+        logger.removeHandler(handler)
         for flush in (sys.stdout.flush, sys.stderr.flush, stream.close):
             with contextlib.suppress(OSError):  # a full disk: the job's own error matters more
                 flush()

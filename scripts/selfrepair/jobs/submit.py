@@ -1,7 +1,6 @@
 """The entry point of stage scripts: have a job done by a warm worker or in this process, and report failures."""
 
 import sys
-import traceback
 
 from selfrepair.errors import InputError, StageError
 from selfrepair.jobs import logs
@@ -26,6 +25,8 @@ def submit(job: Job) -> None:
         logs.append(job.log, str(error))
         sys.exit(1)
     except Exception:
+        import traceback
+
         logs.append(job.log, traceback.format_exc())
         sys.exit(1)
 

@@ -7,7 +7,6 @@ import os
 import socket
 import stat
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +83,7 @@ def private_directory() -> Path:
     Raises InputError if no such directory can be created.
     """
     refused = []
-    for base in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):
+    for base in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR"), "/tmp"):
         if not base:
             continue
         path = Path(base) / f"hydra-effect-{os.getuid()}"
