@@ -1,6 +1,7 @@
 """A whole run with `read: every` through the stages: cells, averages, selections, kept rows, and the summary."""
 
 import copy
+import json
 import os
 
 import inprocess
@@ -10,8 +11,12 @@ import pytest
 import tiny_models
 import tinyproject
 import torch
+from polars.testing import assert_frame_equal
 from selfrepair.effects.columns import EFFECT, names
+from selfrepair.jobs import position_tables
+from selfrepair.jobs.stages import effects
 from selfrepair.planning import config_loading, grid
+from selfrepair.planning.costs import row_bytes_held
 from selfrepair.storage import tables
 from selfrepair.tools import verify
 
@@ -61,9 +66,27 @@ def project(tmp_path_factory):
             "experiments": experiments,
         }
         inprocess.run(config_loading.load_config(raw, root))
+        raw["experiments"] = {"bounded": {**top, "ablations": ["replace"]}}
+        sizes = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(effects, "ROWS_HELD", 2 * site_bytes())
+            add = position_tables.Positions.add
+
+            def recorded(self, measured, sites):
+                sizes.append((len(sites), sum(x.nbytes for x in measured.values())))
+                return add(self, measured, sites)
+
+            patch.setattr(position_tables.Positions, "add", recorded)
+            inprocess.run(config_loading.load_config(raw, root))
+        (root / "sizes.json").write_text(json.dumps(sizes))
         yield root
     finally:
         os.chdir(before)
+
+
+def site_bytes():
+    """The bytes of three copies of the rows of one ablated site."""
+    return row_bytes_held(N * DRAWS * (LENGTH - 1), tiny_models.LAYERS)
 
 
 def cell(project, experiment, ablation, kind="effects"):
@@ -124,6 +147,21 @@ def test_kept_rows_equal_filtering_all_rows(project):
             how="semi",
         )
         assert kept.equals(expected)
+
+
+def test_rows_of_a_bounded_number_of_sites_are_held_at_once(project):
+    """Room for two of the five sites with three draws: three measurements of `replace`, and the same files."""
+    sizes = json.loads((project / "sizes.json").read_text())
+    assert [sites for sites, _ in sizes] == [2, 2, 1, 5]  # replace, and self, which draws nothing
+    assert max(size for _, size in sizes) < 2 * site_bytes() / 3  # of three copies
+    for ablation in ("replace-b", "self"):
+        for kind in ("effects", "averages", "selections", "downstream_heads"):
+            whole, parts = (
+                cell(project, name, ablation, kind).drop("experiment") for name in ("top", "bounded")
+            )
+            exact = ["layer", "component", "head"]
+            assert whole.select(exact).equals(parts.select(exact)) and len(whole)
+            assert_frame_equal(whole, parts, abs_tol=2e-4)
 
 
 def test_averages_and_selections_reduce_all_rows(project):

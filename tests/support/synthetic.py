@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from selfrepair.effects.columns import EFFECTS, OUTCOME, names
 from selfrepair.effects.head_columns import DOWNSTREAM_HEADS
 from selfrepair.effects.position_columns import POOLED_KEY, SELECTIONS
-from selfrepair.effects.selections import packed, pooled_sums, selections
+from selfrepair.effects.selections import packed, prompt_sums, selections
 from selfrepair.planning.grid import SUMMARY_TABLES
 from selfrepair.storage import schemas, tables
 
@@ -427,7 +427,7 @@ def _write_selections(run: Run, cell: Path, metadata: dict[str, Any]) -> None:
         for head, columns in heads.items()
         for row in selections(columns)
     ]
-    pooled = pooled_sums(heads.values())
+    pooled = sum(map(prompt_sums, heads.values()))
     assert pooled is not None
     path = Path(str(cell).replace("/effects/", "/selections/"))
     columns = {name: [row[name] for row in rows] for name in SELECTIONS.names}

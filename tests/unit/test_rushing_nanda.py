@@ -28,7 +28,7 @@ def rows(unembed: Any, loss: Any, norm: Any, attn: Any, mlp: Any) -> Columns:
 
 
 def table(*heads: Columns) -> list[dict[str, Any]]:
-    pooled = selections.pooled_sums(heads)
+    pooled = sum(map(selections.prompt_sums, heads))
     assert pooled is not None
     return list(rushing_nanda.pooled_rows(pooled, Bootstrap.draw(pooled.shape[2], seed=0)))
 
@@ -101,7 +101,7 @@ def test_sums_of_two_heads_agree_with_a_loop_over_rows() -> None:
         rows(rng.normal(size=(prompts, positions)), *rng.normal(size=(4, prompts, draws, positions)))
         for _ in range(2)
     ]
-    pooled = selections.pooled_sums(heads)
+    pooled = sum(map(selections.prompt_sums, heads))
     assert pooled is not None
     expected = np.zeros((prompts, len(POOLED)))
     for head in heads:  # each selects its own ceil(0.1 * 42) = 5 pairs
@@ -121,7 +121,7 @@ def test_pooled_sums_are_those_of_the_selections() -> None:
     """The table of a head and the sums prompt by prompt select the same rows."""
     rng = np.random.default_rng(2)
     head = rows(rng.normal(size=(8, 5)).round(1), *rng.normal(size=(4, 8, 2, 5)).round(1))  # with ties
-    pooled = selections.pooled_sums([head])
+    pooled = selections.prompt_sums(head)
     assert pooled is not None
     for row in selections.selections(head):
         found = pooled[WAYS.index(row["selection"]), QUANTILES.index(row["quantile"])].sum(0)

@@ -3,7 +3,7 @@
 import base64
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,16 +69,11 @@ def _ways(columns: Columns) -> list[tuple[str, Array, slice]]:
     return [*ways, (HELD_OUT, by_loss, second)] if draws > 1 else ways
 
 
-def pooled_sums(heads: Iterable[Columns]) -> Array | None:  # (way, quantile, prompt, sum)
-    """Return position_columns.POOLED over the selected rows of each prompt, added over heads; None without heads.
+def prompt_sums(columns: Columns) -> Array:  # (way, quantile, prompt, sum)
+    """Return position_columns.POOLED over the selected rows of each prompt of one ablated site.
 
     The order is that of WAYS and QUANTILES. HELD_OUT is NaN with a single draw.
     """
-    every = [_prompt_sums(columns) for columns in heads]
-    return np.sum(every, axis=0) if every else None
-
-
-def _prompt_sums(columns: Columns) -> Array:  # (way, quantile, prompt, sum)
     parts = _parts(columns)
     parts["rows"] = np.ones_like(parts["sum_loss"])
     values = np.stack([parts[name] for name in POOLED])  # (sum, prompt, draw, position)

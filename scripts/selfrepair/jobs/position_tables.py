@@ -19,69 +19,70 @@ Measured = dict[str, NDArray[Any]]  # columns of a cell, ordered by site, prompt
 
 
 class Positions:
-    """The rows of a cell with several readings per prompt, site by site."""
+    """What the files of a cell keep of its rows: sites are added one after the other, and their rows can then go."""
 
-    def __init__(self, measured: Measured, sites: Sequence[Site], n_prompts: int, n_draws: int) -> None:
-        self._measured, self._sites = measured, sites
-        self._shape = len(sites), n_prompts, n_draws, -1
-        # (site, prompt, draw, position, ...)
-        self._by_site = {
-            name: measured[name].reshape(*self._shape, *measured[name].shape[1:])
-            for name in measured
-            if name in COLUMNS
-        }
-        self.n_positions = self._by_site["delta_unembed"].shape[3]
-
-    def kept(self, share: float | None) -> Measured:
-        """Return the rows that the cell stores, of every site the share with the largest delta_unembed."""
-        if share is None:
-            return self._measured
-        masks = [selections.kept_rows(self._of(number), share) for number in range(len(self._sites))]
-        chosen = np.stack(masks).reshape(-1)
-        return {name: values[chosen] for name, values in self._measured.items()}
-
-    def selections(self) -> list[dict[str, Any]]:
-        """Return the rows of `selections`, without the keys of the cell."""
-        return [
-            {**_keys(site), **row}
-            for number, site in enumerate(self._sites)
-            for row in selections.selections(self._scalars(number))
-        ]
-
-    def pooled_heads(self) -> dict[str, Any]:
-        """Return the metadata of `selections`: sums prompt by prompt over the selected rows of all heads."""
-        heads = [self._scalars(number) for number, site in enumerate(self._sites) if site.index is not None]
-        sums = selections.pooled_sums(heads)
-        return {} if sums is None else {POOLED_KEY: selections.packed(sums)}
-
-    def averages(
+    def __init__(
         self,
         loaded: LoadedModel,
         clean: NDArray[np.float64],  # (prompt, position, 2 = attention and MLP, layer) clean direct effects
-    ) -> Measured:
+        n_draws: int,
+        share: float | None,  # of the rows of a site that is stored; None: all
+    ) -> None:
+        self._loaded, self._clean, self._n_draws, self._share = loaded, clean, n_draws, share
+        self._averages: list[Measured] = []
+        self._pooled: NDArray[np.float64] | None = None  # sums over the heads added so far
+        self.selections: list[dict[str, Any]] = []  # rows of `selections`, without the keys of the cell
+
+    @property
+    def n_positions(self) -> int:
+        """Return the number of positions that are read of a prompt."""
+        return self._clean.shape[1]
+
+    def add(self, measured: Measured, sites: Sequence[Site]) -> Measured:
+        """Reduce the rows of `sites`, and return those that the cell stores.
+
+        Of every site these are the share with the largest delta_unembed.
+        """
+        # (site, prompt, draw, position, ...)
+        shape = len(sites), len(self._clean), self._n_draws, self.n_positions
+        by_site = {name: x.reshape(*shape, *x.shape[1:]) for name, x in measured.items()}
+        keys = ("site", "prompt", "draw")
+        means, masks = [], []
+        for number, site in enumerate(sites):
+            columns = {name: values[number] for name, values in by_site.items() if name in COLUMNS}
+            scalars = {name: x for name, x in columns.items() if COLUMNS[name].kind != PROFILE}
+            self.selections += [{**_keys(site), **row} for row in selections.selections(scalars)]
+            if site.index is not None:
+                sums = selections.prompt_sums(scalars)
+                self._pooled = sums if self._pooled is None else self._pooled + sums
+            means.append(selections.averages(columns, self._clean_downstream(site)))
+            if self._share is not None:
+                masks.append(selections.kept_rows(scalars, self._share))
+        self._averages.append(
+            {name: by_site[name][..., 0].reshape(-1) for name in keys}
+            | {name: np.stack([x[name] for x in means]).astype(np.float32) for name in means[0]}
+        )
+        if self._share is None:
+            return measured
+        chosen = np.stack(masks).reshape(-1)
+        return {name: values[chosen] for name, values in measured.items()}
+
+    def pooled_heads(self) -> dict[str, Any]:
+        """Return the metadata of `selections`: sums prompt by prompt over the selected rows of all heads."""
+        return {} if self._pooled is None else {POOLED_KEY: selections.packed(self._pooled)}
+
+    def averages(self) -> Measured:
         """Return the columns of `averages`, with `site`, `prompt` and `draw`, in the order of the rows."""
-        parts = []
-        for number, site in enumerate(self._sites):
-            parallel = loaded.layer(site.layer).parallel
-            masks = reached(site.whole, parallel, loaded.n_layers, torch.device("cpu"))
-            downstream = sum(clean[:, :, half, mask.numpy()].sum(-1) for half, mask in enumerate(masks))
-            parts.append(selections.averages(self._of(number), np.asarray(downstream)))
-        first = {
-            name: self._measured[name].reshape(self._shape)[..., 0].reshape(-1)
-            for name in ("site", "prompt", "draw")
-        }
-        return first | {
-            name: np.concatenate([part[name].reshape(-1, *part[name].shape[2:]) for part in parts]).astype(
-                np.float32
-            )
-            for name in (*self._by_site, *EXTRA)
-        }
+        names = (*(name for name in self._averages[0] if name not in EXTRA), *EXTRA)
+        parts = {name: [part[name] for part in self._averages] for name in names}
+        ends = {name: part.shape[3:] for name, part in self._averages[0].items()}
+        return {name: np.concatenate([x.reshape(-1, *ends[name]) for x in parts[name]]) for name in names}
 
-    def _of(self, number: int) -> dict[str, NDArray[Any]]:
-        return {name: values[number] for name, values in self._by_site.items()}
-
-    def _scalars(self, number: int) -> dict[str, NDArray[Any]]:
-        return {name: x for name, x in self._of(number).items() if COLUMNS[name].kind != PROFILE}
+    def _clean_downstream(self, site: Site) -> NDArray[np.float64]:  # (prompt, position)
+        """Return the sum of the direct effects downstream of a site in the clean run."""
+        parallel = self._loaded.layer(site.layer).parallel
+        masks = reached(site.whole, parallel, self._loaded.n_layers, torch.device("cpu"))
+        return sum(self._clean[:, :, half, mask.numpy()].sum(-1) for half, mask in enumerate(masks))
 
 
 def _keys(site: Site) -> dict[str, Any]:

@@ -19,10 +19,9 @@ _PAIR = 67  # bytes of an ablated site and a later head in downstream_heads/, co
 _PAIR_OF_SUMMARY = 61  # the same in summary/downstream.parquet
 _PASS = 4096  # tokens of a pass on a CPU
 _SELECTIONS = 2400  # bytes of an ablated site in selections/, compressed
-_SELECTED_PROMPT = (
-    3 * 8 * 10 * 4
-)  # bytes of a prompt in its metadata: selections x quantiles x sums, hardly compressible
-_SCALARS = 20  # numbers of a row beside its lists
+_SELECTED_PROMPT = 3 * 8 * 10 * 4  # bytes of a prompt in its metadata: selections x quantiles x sums
+ROWS_HELD = 1 << 30  # bytes of rows of a cell with `read: every` that are measured before they are reduced
+_SCALARS = 25  # numbers of a row beside its lists, with every outcome
 _PAGES = 30 << 20  # bytes of the figures and the report of an experiment and model
 
 
@@ -122,13 +121,21 @@ def costs(experiment: Experiment, model: Model, lengths: dict[str, float]) -> Co
 
 
 def held_rows_bytes(experiment: Experiment, size: Size, length: float) -> float:
-    """Return the bytes of main memory that the rows of one cell take until they are reduced and written.
+    """Return the bytes of main memory that the rows of one cell with `read: every` take until they are written.
 
-    They exist three times while they are put in order.
+    Sites are measured until their rows reach ROWS_HELD, at least one site. Then the rows are reduced, and those that
+    the cell stores stay (`keep`).
     """
     sites = _sites(experiment, size)
-    rows = experiment.samples * experiment.draws * sites * _positions_read(experiment, length)
-    return 3 * rows * 4 * (2 * size.layers + _SCALARS)
+    one = row_bytes_held(
+        experiment.samples * experiment.draws * _positions_read(experiment, length), size.layers
+    )
+    return min(sites * one, max(one, ROWS_HELD)) + sites * one * (experiment.keep or 1.0)
+
+
+def row_bytes_held(rows: float, layers: int) -> float:
+    """Return the bytes of main memory of rows with `read: every`: three copies while they are put in order."""
+    return 3 * rows * 4 * (2 * layers + _SCALARS)
 
 
 def _positions_read(experiment: Experiment, length: float) -> float:

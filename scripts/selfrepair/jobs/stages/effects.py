@@ -37,6 +37,7 @@ from selfrepair.models.head_readout import heads_add_up
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.ablations import ACTIVATIONS, STD, kind
+from selfrepair.planning.costs import ROWS_HELD, row_bytes_held
 from selfrepair.planning.sites import COMPONENTS, HEAD, HEADS, Site
 from selfrepair.prompts import tokens as prompts
 from selfrepair.prompts.prompt import Prompt
@@ -75,12 +76,23 @@ def run(job: Job, session: Session) -> None:
     asked = Asked(tuple(params.get("outcomes", ())), foils)
     settings = Settings(sites, params["draws"], positions, choice.path, rows, asked)
     later = LaterHeads(loaded, runs, ablation, settings.n_draws) if "downstream_heads" in job.output else None
-    started = time.perf_counter()
-    measured = measure(loaded, runs, ablation, settings, later)
-    seconds = time.perf_counter() - started
     rank = {row.id: number for number, row in enumerate(source)}
-    measured = in_order(measured, rank)
-    require_finite(measured, job.output["cell"])
+    every: Positions | None = None
+    if read == "every":
+        every = Positions(loaded, clean_effects(runs, rank), settings.n_draws, params.get("keep"))
+    at_once = len(sites) if every is None else _sites_at_once(loaded, len(sources), settings.n_draws, every)
+    seconds, parts = 0.0, []
+    for first in range(0, len(sites), at_once):
+        chosen = sites[first : first + at_once]
+        started = time.perf_counter()
+        part = measure(loaded, runs, ablation, replace(settings, sites=chosen), later)
+        seconds += time.perf_counter() - started
+        part = in_order(part, rank)
+        require_finite(part, job.output["cell"])
+        part["site"] += first
+        parts.append(part if every is None else every.add(part, chosen))
+        del part
+    measured = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
     correct = {prompt: row["correct"] for prompt, row in of_prompt.items()}
     metadata = {
         "config": params,
@@ -98,19 +110,22 @@ def run(job: Job, session: Session) -> None:
     if later is not None:
         pairs, adds_up = later_heads_columns(params, sites, later), {"heads_add_up": heads_add_up(loaded)}
         tables.write(job.output["downstream_heads"], pairs, DOWNSTREAM_HEADS, metadata | adds_up)
-    if read == "every":
-        every = Positions(measured, sites, len(source), settings.n_draws)
-        means = every.averages(loaded, clean_effects(runs, rank))
-        columns = averages_columns(params, means, sites, ablation, every.n_positions)
+    if every is not None:
+        columns = averages_columns(params, every.averages(), sites, ablation, every.n_positions)
         tables.write(job.output["averages"], columns, AVERAGES, metadata)
-        rows_of = [{key: params[key] for key in _KEYS} | row for row in every.selections()]
+        rows_of = [{key: params[key] for key in _KEYS} | row for row in every.selections]
         columns = {name: [row[name] for row in rows_of] for name in SELECTIONS.names}
         tables.write(job.output["selections"], columns, SELECTIONS, metadata | every.pooled_heads())
-        measured = every.kept(params.get("keep"))
     columns = table_columns(params, measured, sites, ablation, correct)
     # Last: if the cell exists, all of its files do.
     tables.write(job.output["cell"], columns, EFFECTS, metadata)
     log.info("%d rows, %.3f s in the engine (path %s)", len(measured["prompt"]), seconds, choice.path)
+
+
+def _sites_at_once(loaded: LoadedModel, n_prompts: int, n_draws: int, every: Positions) -> int:
+    """Return how many sites are measured before their rows are reduced."""
+    one = row_bytes_held(n_prompts * n_draws * every.n_positions, loaded.n_layers)
+    return max(1, int(ROWS_HELD / one))
 
 
 def _inputs(job: Job, loaded: LoadedModel, rows: int) -> ablations.Inputs:
