@@ -31,6 +31,7 @@ from selfrepair.report.figures import (
     downstream_heatmap,
     embedding,
     figure,
+    fonts,
     frames,
     heads_grid,
     heads_scatter,
@@ -531,6 +532,19 @@ def test_control_characters_reach_neither_picture_nor_page() -> None:
     assert "a\\x00b" in svg
     text = embedding.script_json({"a": raw})
     assert not re.search(r"[\x00-\x1f\x7f-\x9f]", text) and json.loads(text) == {"a": raw}
+
+
+@pytest.mark.parametrize(
+    ("text", "carried"), [("Δ −0.5 ≥ ã Ж ▲ “é”…", True), ("مرحبا", False), ("中文", False)]
+)
+def test_other_scripts_are_drawn_with_the_fonts_of_the_page(text: str, carried: bool) -> None:
+    """The font that vl-convert carries lacks them, and its substitute is any font that has them: bold, or serif."""
+    drawing = alt.Chart(alt.NamedData("t")).mark_text().encode(text=alt.Text("t:N"))
+    spec = figure.specification(drawing, {"t": [{"t": text}]})
+    svg = figure.svg(figure.Figure("x", "title", "", "", "", "", pl.DataFrame(), spec))
+    families = {carried: fonts.PAPER, not carried: fonts.PAGE.replace("'", "")}
+    assert text in texts_of(svg)
+    assert families[True] in svg.replace("'", "").replace("&quot;", "") and families[False] not in svg
 
 
 def test_script_json_cannot_close_its_element() -> None:

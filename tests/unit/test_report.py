@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -28,6 +30,17 @@ from selfrepair.storage import tables
 
 EVIL = "</script><script>window.evil = 1</script><img src=x onerror=evil()> & <!-- \u2028"
 FEW = ("scatter-by-layer", "impact-before-after", "ledger", "substitution-matrix")
+
+
+def test_a_report_needs_neither_scipy_nor_altair_nor_pandas(tmp_path: Path) -> None:
+    """Each takes a third of a second of processor time to import, which every report would pay."""
+    tables.write(tmp_path / "x.parquet", {"a": [1, None], "b": ["x", "y"], "c": [[0.5], []]}, None, {})
+    code = (
+        "import sys, selfrepair.report.build; from selfrepair.report.figures import frames; frames.table(sys.argv[1]); "
+        "heavy = {'scipy.stats', 'altair', 'pandas.core'} & set(sys.modules); assert not heavy, heavy"
+    )
+    scripts = Path(tables.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.parquet")], check=True, cwd=scripts)
 
 
 def make(

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from selfrepair.planning import grid
 from selfrepair.storage import atomic
 from selfrepair.storage.damage import removal
 
-_ESCAPED = {code: f"\\u{code:04x}" for code in (ord("<"), *range(127, 160), 0x2028, 0x2029)}
+_ESCAPED = re.compile("[<\x7f-\x9f\u2028\u2029]")
 BUNDLE = "<script>/* Vega, Vega-Lite and vega-embed */\n"
 PAYLOAD = '<script type="application/json" id="figure">'
 
@@ -61,7 +62,7 @@ def script_json(value: Any) -> str:
     No control character is left: JSON escapes the codes 0 to 31, and the others are escaped here.
     """
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.translate(_ESCAPED)
+    return _ESCAPED.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
 def payload_of(page: str | Path) -> dict[str, Any]:

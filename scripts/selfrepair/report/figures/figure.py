@@ -1,7 +1,5 @@
 """A figure and its files: HTML that needs no network, SVG, PNG, and the data as Parquet."""
 
-import copy
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import vl_convert
 from markupsafe import Markup
 
 from selfrepair.report import templating
-from selfrepair.report.figures import controls, layout, theme
+from selfrepair.report.figures import controls, fonts, layout, theme
 from selfrepair.report.figures.embedding import PAYLOAD, bundle, script_json
 from selfrepair.storage import atomic, tables
 
@@ -92,6 +90,7 @@ def named(name: str, frame: pl.DataFrame) -> alt.NamedData:
 
 def write(figure: Figure, outputs: Mapping[str, str | Path]) -> None:
     """Write the formats named in `outputs` (html, svg, png, parquet), each whole or not at all."""
+    drawn = svg(figure) if {"svg", "png"} & set(outputs) else ""
     for kind, path in outputs.items():
         if kind == "parquet":
             frame = figure.data.to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -99,9 +98,9 @@ def write(figure: Figure, outputs: Mapping[str, str | Path]) -> None:
         elif kind == "html":
             atomic.write_text(path, standalone(figure))
         elif kind == "svg":
-            atomic.write_text(path, svg(figure))
+            atomic.write_text(path, drawn)
         elif kind == "png":
-            picture = vl_convert.svg_to_png(svg(figure), scale=PNG_SCALE)
+            picture = vl_convert.svg_to_png(drawn, scale=PNG_SCALE)
             with atomic.replacing(path) as temporary:
                 temporary.write_bytes(picture)
         else:
@@ -110,13 +109,13 @@ def write(figure: Figure, outputs: Mapping[str, str | Path]) -> None:
 
 def svg(figure: Figure) -> str:
     """Return the figure drawn for paper: dark ink on white, with its title."""
-    titled = {**copy.deepcopy(figure.spec), "title": theme.headline(figure.title, figure.shows)}
-    return _svg(script_json(theme.on_paper(titled)))
-
-
-@functools.lru_cache(maxsize=2)  # SVG and PNG are drawn one after the other from the same picture
-def _svg(spec: str) -> str:
-    return str(vl_convert.vegalite_to_svg(spec))
+    titled = {**figure.spec, "title": theme.headline(figure.title, figure.shows)}
+    spec = script_json(theme.on_paper(titled))
+    fonts.load()
+    drawn = str(vl_convert.vegalite_to_svg(spec))
+    if fonts.carried(drawn):
+        return drawn
+    return str(vl_convert.vegalite_to_svg(spec.replace(fonts.PAPER, fonts.PAGE)))
 
 
 def payload(figure: Figure) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import altair as alt
 
 from selfrepair.planning.sites import ATTN, MLP
+from selfrepair.report.figures import fonts
 
 # `currentColor` is the text colour of the page around the figure, so that light and dark pages both work.
 INK = "currentColor"
@@ -64,8 +65,6 @@ DROP = "logit drop, −Δablate (logits)"
 UNEMBED = "Δunembed (logits)"
 LAYER = "ablated layer"
 
-FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Arial, sans-serif"
-
 
 def config() -> dict[str, Any]:
     """Vega-Lite configuration shared by all figures."""
@@ -85,7 +84,7 @@ def config() -> dict[str, Any]:
     }
     return {
         "background": "transparent",
-        "font": FONT,
+        "font": fonts.PAGE,
         "axis": axis,
         "axisY": {"minExtent": 34},
         "legend": {
@@ -120,12 +119,12 @@ def config() -> dict[str, Any]:
 
 
 def on_paper(spec: dict[str, Any]) -> dict[str, Any]:
-    """The specification for a file that stands alone: white ground, dark ink."""
+    """Return the specification of a file that stands alone: white ground, dark ink, vl-convert's own font."""
     data = spec.pop("datasets", {})
     spec = json.loads(
         json.dumps(spec).replace(f'"{INK}"', f'"{PAPER_INK}"').replace(f'"{GROUND}"', '"white"')
     )
-    spec["config"] = {**spec.get("config", {}), "background": "white"}
+    spec["config"] = {**spec.get("config", {}), "background": "white", "font": fonts.PAPER}
     return {**spec, "datasets": data, "padding": 12}
 
 
