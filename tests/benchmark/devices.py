@@ -1,6 +1,6 @@
 """How busy several devices are: whole runs on pretended devices, by Snakemake.
 
-    .venv/bin/python tests/benchmark/devices.py [--devices 1 2 4 8] [--cell 2] [--loading 5] [--only sources] [--real]
+    .venv/bin/python tests/benchmark/devices.py [--devices 1 2 4 8] [--cell 5] [--loading 5] [--only sources] [--real]
 
 A pretended device is a worker of its own on the CPU (SELFREPAIR_PRETEND_DEVICES). The stages are stand-ins that sleep,
 because the processors of one machine cannot compute for eight devices: a cell sleeps for `--cell` seconds, the first
@@ -28,35 +28,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
 
 import stubproject  # noqa: E402
+import timeline  # noqa: E402
 import tinyproject  # noqa: E402
-
-# Appended to jobs/dispatch.py of the copied workflow. A session notes what it holds; `seconds` are 0 for real stages.
-NOTED = """
-
-_run_stage = run_stage
-
-
-def run_stage(job, session):
-    import json, os, time
-
-    seconds = json.loads(os.environ["BENCHMARK_SECONDS"])
-    began = time.time()
-    source = [job.params.get("experiment"), job.params.get("source", job.params.get("dataset"))]
-    loads = session is not None and job.stage != "tokens" and getattr(session, "noted", None) != job.runtime["model"]
-    switches = job.stage == "effects" and not loads and getattr(session, "source", None) != source
-    if loads:
-        session.noted = job.runtime["model"]
-        time.sleep(seconds["loading"])
-    loaded = time.time()
-    if job.stage == "effects":
-        session.source = source
-        time.sleep(seconds["cell"] + seconds["loading"] / 5 * (loads or switches))
-    _run_stage(job, session)
-    if session is not None:
-        line = [job.stage, os.environ["CUDA_VISIBLE_DEVICES"], began, loaded, time.time(), loads, switches]
-        with open("timeline.txt", "a") as file:
-            file.write(json.dumps(line) + "\\n")
-"""
 
 
 class Scenario(NamedTuple):
@@ -77,33 +50,27 @@ SCENARIOS = {
 }
 
 
-class Job(NamedTuple):
-    """One job of a model stage, as its worker noted it; times in seconds since the epoch."""
-
-    stage: str
-    device: str
-    began: float
-    loaded: float
-    ended: float
-    loads: bool
-    switches: bool
-
-
 def configuration(scenario: Scenario) -> dict[str, Any]:
-    """The configuration of a scenario: two ablations per layer."""
+    """The configuration of a scenario: an ablation and the control per layer."""
     names = [f"m{number}" for number in range(scenario.models)]
     datasets = list("abcde"[: scenario.sources])
     size = {"length": 5, "samples": 2, "store": 2, "draws": 2, "positions": "last"}
-    grid = {**size, "datasets": datasets, "ablations": ["zero", "random"]}
+    grid = {**size, "datasets": datasets, "ablations": ["zero"]}
     return {
-        "models": {n: {"path": n, "device": "auto", "devices": scenario.at_once} for n in names},
+        # Equal weights in another precision are another model.
+        "models": {
+            n: {"path": n, "device": "auto", "devices": scenario.at_once, "dtype": dtype}
+            for n, dtype in zip(names, ("float32", "bfloat16"), strict=False)
+        },
         "datasets": {name: {"path": f"{name}.jsonl"} for name in datasets},
         "experiments": {f"e{number}": {**grid, "models": [n]} for number, n in enumerate(names)},
         "runtime": {"idle_seconds": 60},
     }
 
 
-def run(scenario: Scenario, devices: int, cell: float, loading: float, real: bool) -> tuple[float, list[Job]]:
+def run(
+    scenario: Scenario, devices: int, cell: float, loading: float, real: bool
+) -> tuple[float, list[timeline.Job]]:
     """The seconds of one whole run, and the jobs of its model stages."""
     layers = 40 // (scenario.models * scenario.sources)
     seconds = {"cell": 0.0 if real else cell, "loading": 0.0 if real else loading}
@@ -119,9 +86,7 @@ def run(scenario: Scenario, devices: int, cell: float, loading: float, real: boo
             (tinyproject if real else stubproject).write_model(path / name, layers)
         for seed, name in enumerate(config["datasets"]):
             tinyproject.write_data(path / f"{name}.jsonl", seed)
-        dispatch = path / "scripts" / "selfrepair" / "jobs" / "dispatch.py"
-        dispatch.write_text(dispatch.read_text() + NOTED)
-        os.utime(dispatch, (time.time() + 1,) * 2)  # newer than its byte code
+        timeline.install(path)
         project.extra_environment = {
             "SELFREPAIR_PRETEND_DEVICES": str(devices),
             "BENCHMARK_SECONDS": json.dumps(seconds),
@@ -133,11 +98,10 @@ def run(scenario: Scenario, devices: int, cell: float, loading: float, real: boo
             wall = time.perf_counter() - began
         finally:
             project.close()
-        lines = (path / "timeline.txt").read_text().splitlines()
-        return wall, [Job(*json.loads(line)) for line in lines]
+        return wall, [job for job in timeline.read(path) if job.device is not None]
 
 
-def busy(jobs: list[Job]) -> dict[str, dict[str, float]]:
+def busy(jobs: list[timeline.Job]) -> dict[str, dict[str, float]]:
     """Device -> its seconds of cells, its seconds of loading, its cells, loadings, and changes of source."""
     found: dict[str, dict[str, float]] = defaultdict(Counter)
     for job in jobs:
@@ -152,7 +116,7 @@ def busy(jobs: list[Job]) -> dict[str, dict[str, float]]:
 
 
 def line(
-    scenario: Scenario, devices: int, wall: float, jobs: list[Job], alone: float | None
+    scenario: Scenario, devices: int, wall: float, jobs: list[timeline.Job], alone: float | None
 ) -> Iterator[str]:
     """The cells of a row of the table."""
     cells = [job for job in jobs if job.stage == "effects"]
@@ -178,7 +142,7 @@ def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=re.split(r"\n", __doc__ or "")[0])
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--cell", type=float, default=2.0, help="seconds of a stand-in cell")
+    parser.add_argument("--cell", type=float, default=5.0, help="seconds of a stand-in cell")
     parser.add_argument(
         "--loading", type=float, default=5.0, help="seconds in which a stand-in model is loaded"
     )

@@ -1,202 +1,69 @@
 """Everything that needs a GPU, in one command: tests, engine against other tools, and a whole grid to its report.
 
     make gpu                                   # on the CUDA devices of this machine
-    make gpu GPU=--toy                         # the same commands on the CPU with a tiny model, some minutes
+    make gpu GPU=--toy                         # the same commands on the CPU with a tiny model, a minute or two
+    make gpu GPU="--minutes 9"                 # stop after nine minutes; the same command continues
     make gpu GPU="--parts shapes --shapes 1B"  # a part of it
 
 1. `tests`: pytest -m gpu.
 2. `shapes`: Llamas of 100M, 1B, 3B and 8B parameters with random weights made on the device, each in a process of its
-   own, in float32, in float32 with TF32 products (which the product never uses: it shows what that exactness costs) and
-   in bfloat16. The hook loop, TransformerLens and nnsight (where .venv-peers/ has them: `make bench`) run the same
+   own, in bfloat16, in float32, and in float32 with TF32 products (which the product never uses: it shows what that
+   exactness costs). The hook loop, TransformerLens and nnsight (where .venv-peers/ has them: `make bench`) run the same
    ablations, and each tool's effects are first compared with those of the hook loop. The share of the peak is against
    the fastest product of matrices measured in the same run and precision. Rows per pass are what the product takes for
    the device's memory.
 3. `grid`: the GitBook's study at its size (3B: 28 layers, five data sets, last and all positions) with stand-in texts,
    by Snakemake from tokens to report.
 
-Writes gpu.json, gpu.md and the reports into gpu-benchmark/.
+Every result is written to parts/ when it is there, and gpu.json and gpu.md are written again after each. A part that
+fails (out of memory, another tool's error, a failed test) is listed as such, and the others are measured. The same
+command skips what is there, also what failed, and continues an unfinished grid; `--again` begins from nothing. Without
+`make` and its environment: PYTHONPATH=scripts:tests/support python tests/benchmark/gpu.py
+
+Writes into gpu-benchmark/cuda/ (or toy/).
 """
 
 import argparse
-import copy
+import contextlib
 import datetime
-import importlib.util
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import contenders
 import gpu_grid
 import meter
-import numpy as np
-import operations
 import torch
-import workload
-from selfrepair.effects import selftest
-from selfrepair.jobs.session import Session
-from selfrepair.models import memory
+from gpu_shapes import PRECISIONS, write
 from selfrepair.models.device import pick_device
-from selfrepair.models.loading import LoadedModel
-from selfrepair.prompts.prompt import Prompt
-from transformers import AutoTokenizer
-from workload import COMPONENTS, DEMO, ROOT, SHAPES, Piece, Work
+from workload import ROOT, SHAPES
 
 PARTS = ("tests", "shapes", "grid")
-GRID = 490_000  # ablations: 5 data sets x 50 prompts x 28 layers x 2 components x (5 x 5 + 10) draws
-LENGTH = 256
-PROMPTS, DRAWS = {"last": 64, "all": 8}, {"last": 32, "all": 8}
-STORED = 12
-_EQUAL = {"float32": 1e-3, "tf32": 5e-2, "bfloat16": 0.5}
+_STARTS = 20.0  # seconds that a part needs at least: imports, and a model
 
 
-@dataclass(frozen=True)
-class Precision:
-    """A precision of weights and of products."""
+class Clock:
+    """The time that a call may take."""
 
-    name: str
-    dtype: torch.dtype
-    tf32: bool
+    def __init__(self, minutes: float | None) -> None:
+        self.until = None if minutes is None else time.monotonic() + 60 * minutes
 
+    @property
+    def left(self) -> float | None:
+        """Seconds left; None: any number."""
+        return None if self.until is None else max(0.0, self.until - time.monotonic())
 
-PRECISIONS = (
-    Precision("float32", torch.float32, False),
-    Precision("tf32", torch.float32, True),
-    Precision("bfloat16", torch.bfloat16, False),
-)
-
-
-def measure(
-    shape_name: str, precision: Precision, device: torch.device, rounds: int
-) -> Iterator[dict[str, Any]]:
-    """Both kinds of positions of one model in one precision."""
-    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
-    shape = SHAPES[shape_name]
-    loaded = workload.random_model(shape, precision.dtype, device)
-    peak = meter.matrix_peak(device, precision.dtype)
-    for positions in ("last", "all"):
-        toy = shape_name == "toy"
-        prompts, draws = (4, 3) if toy else (PROMPTS[positions], DRAWS[positions])
-        length = 32 if toy else LENGTH
-        ids = workload.random_ids(prompts + STORED, length, shape.vocabulary)
-        work = Work(loaded, ids[:prompts], ids[prompts:], positions, draws)
-        readout = contenders.read_clean(loaded.model, work)
-        session = Session(str(device))
-        torch.backends.cuda.matmul.allow_tf32 = precision.tf32  # a session turns it off
-        rows = session.rows(loaded, [Prompt(0, tuple(ids[0].tolist()))], {})
-        path = selftest.choose(loaded, [work.ids[0]], positions).path
-        engine = contenders.Engine(loaded, work, path, rows)
-        loop = contenders.HookLoop(loaded.model, work, readout)
-        batched = contenders.BatchedLoop(loaded.model, work, readout)
-        batched.rows_at_once = max(1, min(rows // length, prompts * draws))
-        whole = engine.run(work.everything(work.n_layers // 2)).delta_ablate[:, :2, :2]
-        difference = _difference(contenders.Effects(whole, whole), loop)
-        if not difference <= _EQUAL[precision.name]:
-            raise SystemExit(
-                f"{shape_name}, {precision.name}: the engine differs from the hook loop by {difference:.2g}"
-            )
-        several = [Piece(shape.layers // 2, ("mlp",), range(prompts), range(draws))]
-        tools: list[tuple[contenders.Contender, list[Piece]]] = [
-            (loop, [Piece(shape.layers // 2, ("mlp",), range(2), range(2))]),
-            (batched, several),
-            (engine, [work.everything(layer) for layer in workload.layers_measured(shape.layers)]),
-        ]
-        results = _measured(tools, device, rounds, peak)
-        for make in (_transformer_lens, _nnsight) if _peers_installed() else ():
-            try:
-                peer = make(loaded, work, readout)
-                peer.rows_at_once = batched.rows_at_once
-                found = peer.run(Piece(work.n_layers // 2, COMPONENTS, range(2), range(2)))
-                apart = _difference(found, loop)
-                if not apart <= _EQUAL[precision.name]:
-                    raise SystemExit(f"{peer.name} differs from the hook loop by {apart:.2g}")
-                # Counted where the counter sees it: nnsight runs the forward pass of the batched loop elsewhere.
-                results += _measured([tools[0], (peer, several)], device, rounds, peak, counted=batched)[1:]
-                del peer, found
-            except torch.OutOfMemoryError:
-                results.append({"name": make.__name__.strip("_"), "failed": "out of memory"})
-            memory.release()
-        yield {
-            "shape": shape_name,
-            "parameters": shape.parameters,
-            "precision": precision.name,
-            "positions": positions,
-            "tokens": length,
-            "rows": rows,
-            "path": path,
-            "peak": peak,
-            "difference": difference,
-            "seconds_per_clean_prompt": meter.clock(device, engine.clean_runs) / prompts,
-            "results": results,
-        }
-
-
-def _measured(
-    tools: list[tuple[contenders.Contender, list[Piece]]],
-    device: torch.device,
-    rounds: int,
-    peak: float,
-    counted: contenders.Contender
-    | None = None,  # runs in place of the last tool where operations are counted
-) -> list[dict[str, Any]]:
-    """Rates, ratios to the first tool, operations and memory of tools that take turns."""
-    rates: dict[str, list[float]] = {tool.name: [] for tool, _ in tools}
-    for tool, pieces in tools:
-        tool.run(pieces[0])
-    for _ in range(rounds):
-        for tool, pieces in tools:
-            seconds = meter.clock(device, lambda tool=tool, pieces=pieces: [tool.run(p) for p in pieces])
-            rates[tool.name].append(sum(map(len, pieces)) / seconds)
-    first = rates[tools[0][0].name]
-    results = []
-    for number, (tool, pieces) in enumerate(tools):
-        counting = counted if counted is not None and number == len(tools) - 1 else tool
-        each = operations.count(lambda tool=counting, pieces=pieces: [tool.run(p) for p in pieces]) / sum(
-            map(len, pieces)
-        )
-        own = rates[tool.name]
-        results.append(
-            {
-                "name": tool.name,
-                "rate": meter.spread(own),
-                "ratio": meter.spread([a / b for a, b in zip(own, first, strict=True)]),
-                "operations": each,
-                "share_of_peak": meter.spread([rate * each / peak for rate in own]),
-                "memory": meter.working_memory(device, lambda tool=tool, pieces=pieces: tool.run(pieces[0])),
-                "grid_seconds": GRID / meter.spread(own)["median"],
-                "grid_seconds_at_peak": GRID * each / peak,
-            }
-        )
-    return results
-
-
-def _difference(effects: contenders.Effects, loop: contenders.HookLoop) -> float:
-    """Largest disagreement on a few ablations of the middle layer, relative to the effects' root mean square."""
-    piece = Piece(loop.work.n_layers // 2, COMPONENTS, range(2), range(2))
-    expected = loop.run(piece).delta_ablate
-    return float(np.abs(effects.delta_ablate - expected).max() / np.sqrt((expected**2).mean()))
-
-
-def _peers_installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("transformer_lens", "nnsight"))
-
-
-def _transformer_lens(loaded: LoadedModel, work: Work, readout: contenders.Readout) -> contenders.BatchedLoop:
-    """TransformerLens on a copy of the weights, because it changes the model's modules."""
-    model = copy.deepcopy(loaded.model)
-    model.set_attn_implementation("eager")  # the only one that it runs
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")  # asked for, never used
-    with tempfile.TemporaryDirectory() as directory:
-        model.config.save_pretrained(directory)
-        return contenders.TransformerLens(Path(directory), model, work, readout, tokenizer)
-
-
-def _nnsight(loaded: LoadedModel, work: Work, readout: contenders.Readout) -> contenders.BatchedLoop:
-    return contenders.NNsight(copy.deepcopy(loaded.model), work, readout)
+    @property
+    def over(self) -> bool:
+        """Whether another part is not worth its start."""
+        return self.left is not None and self.left < _STARTS
 
 
 def table(report: dict[str, Any]) -> Iterator[str]:
@@ -213,158 +80,205 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         yield "memory, GiB | the GitBook's grid, s | at the peak, s |\n" + "|---" * 10 + "|\n"
     for found in report.get("shapes", ()):
         start = f"| {found['shape']} | {found['precision']} "
-        if "failed" in found:
-            yield f"{start}| | | {found['failed']} | | | | | |\n"
-            continue
-        for result in found["results"]:
-            yield f"{start}| {found['positions']} | {result['name']} "
-            if "failed" in result:
-                yield f"| {result['failed']} | | | | | |\n"
-                continue
-            yield f"| {result['rate']['median']:,.1f} | {result['ratio']['median']:,.1f} "
-            yield f"| {100 * result['share_of_peak']['median']:.0f} % | {(result['memory'] or 0) / 2**30:.2f} "
-            yield f"| {result['grid_seconds']:,.1f} | {result['grid_seconds_at_peak']:,.1f} |\n"
+        for measured in found["found"]:
+            for result in measured["results"]:
+                yield f"{start}| {measured['positions']} | {result['name']} "
+                if "failed" in result:
+                    yield f"| {result['failed']} | | | | | |\n"
+                    continue
+                yield f"| {result['rate']['median']:,.1f} | {result['ratio']['median']:,.1f} "
+                yield f"| {100 * result['share_of_peak']['median']:.0f} % | {(result['memory'] or 0) / 2**30:.2f} "
+                yield f"| {result['grid_seconds']:,.1f} | {result['grid_seconds_at_peak']:,.1f} |\n"
+        if "failed" in found or not found["complete"]:
+            yield f"{start}| | | {found.get('failed', 'not finished')} | | | | | |\n"
     if "grid" in report:
         yield "\n## A whole grid, from tokens to report\n\n"
-        yield "| model | precision | cells | rows | wall clock, s | in the engine, s | planning again, s | reports |\n"
-        yield "|---" * 8 + "|\n"
         grid = report["grid"]
+        if "failed" in grid:
+            yield f"Failed: {grid['failed']}\n"
+        if not grid["complete"]:
+            yield f"Not finished: {grid['cells']:,} cells so far.\n"
+        yield "\n| model | precision | cells | rows | wall clock, s | in the engine, s | planning again, s "
+        yield "| reports |\n" + "|---" * 8 + "|\n"
         yield f"| {grid['shape']} | {grid['dtype']} | {grid['cells']:,} | {grid['rows']:,} | {grid['seconds']:,.1f} "
         yield f"| {grid['engine']:,.1f} | {grid['again']:,.1f} | {', '.join(grid['reports'])} |\n"
-
-
-def run_tests() -> str:
-    """Run the tests that need a GPU and return pytest's last line. Raises SystemExit if one fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        "tests/model/test_gpu.py",
-    ]
-    done = subprocess.run(
-        [*command, "-o", "addopts=--strict-markers"], cwd=ROOT, capture_output=True, text=True
-    )
-    print(done.stdout, flush=True)
-    if done.returncode:
-        raise SystemExit(done.stderr or "a GPU test failed")
-    return done.stdout.strip().splitlines()[-1].strip("= ")
-
-
-def run_shape(name: str, options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Measure one shape in a process of its own, whose memory is free afterwards, and add it to the report."""
-    peers = ROOT / ".venv-peers" / "bin" / "python"
-    python = str(peers) if peers.exists() else sys.executable
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "found.json"
-        command = [
-            python,
-            __file__,
-            "--one",
-            name,
-            "--device",
-            options.device,
-            "--rounds",
-            str(options.rounds),
-        ]
-        done = subprocess.run([*command, "--output", str(output)], cwd=ROOT)
-        if done.returncode:
-            failed = f"exit status {done.returncode}"
-            report["shapes"].append({"shape": name, "precision": "", "failed": failed})
-            return
-        own = json.loads(output.read_text(encoding="utf-8"))
-    report["versions"] = own["versions"]
-    report["shapes"] += own["found"]
-
-
-def measure_shape(name: str, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """All precisions of one shape."""
-    found: list[dict[str, Any]] = []
-    for precision in PRECISIONS:
-        if precision.tf32 and device.type != "cuda":
-            continue
-        try:
-            for result in measure(name, precision, device, rounds):
-                found.append(result)
-                show(result)
-        except torch.OutOfMemoryError as reason:
-            first = str(reason).splitlines()[0]
-            print(f"{name}, {precision.name}: {first}", flush=True)
-            found.append({"shape": name, "precision": precision.name, "failed": first})
-        memory.release()
-    return found
-
-
-def show(found: dict[str, Any]) -> None:
-    """Print one model in one precision."""
-    print(
-        f"\n{found['shape']} ({found['parameters'] / 1e6:.0f}M), {found['precision']}, positions {found['positions']}, "
-        f"T={found['tokens']}, {found['rows']} rows, peak {found['peak'] / 1e12:.2f} TFLOP/s"
-    )
-    for result in found["results"]:
-        if "failed" in result:
-            print(f"  {result['name']:20} {result['failed']}", flush=True)
-            continue
-        rate, ratio, share = result["rate"], result["ratio"], result["share_of_peak"]
-        print(
-            f"  {result['name']:20} {rate['median']:10.1f}/s ({rate['low']:.1f}-{rate['high']:.1f})"
-            f" {ratio['median']:8.1f}x {result['operations'] / 1e9:9.2f} GFLOP {100 * share['median']:4.0f} % of peak"
-            f" {(result['memory'] or 0) / 2**30:6.2f} GiB; the grid {result['grid_seconds']:9.1f} s, "
-            f"at peak {result['grid_seconds_at_peak']:.1f} s",
-            flush=True,
+        yield (
+            "\n| stage | jobs | in the jobs, s | from the first start to the last end, s |\n"
+            + "|---" * 4
+            + "|\n"
         )
+        for stage, jobs, inside, span in grid["stages"]:
+            yield f"| {stage} | {jobs:,} | {inside:,.1f} | {span:,.1f} |\n"
+
+
+def run_tests(output: Path, clock: Clock) -> None:
+    """Run the tests that need a GPU, show what they print, and write pytest's last line."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-s", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=--strict-markers", "tests/model/test_gpu.py"]
+    last, began = "", time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    with _ended_in_time(process, clock.left):
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip().strip("= ") or last
+    if process.returncode < 0:  # killed, by us or for its memory
+        last = f"not finished in {time.monotonic() - began:.0f} s: {last}"
+    write(output / "parts" / "tests.json", {"tests": last, "complete": True})
+
+
+@contextlib.contextmanager
+def _ended_in_time(process: "subprocess.Popen[Any]", seconds: float | None) -> Iterator[None]:
+    """End the process and what it started after so many seconds, or with the block; then wait for it."""
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(seconds, end) if seconds is not None else None
+    if timer is not None:
+        timer.start()
+    try:
+        yield
+        process.wait()
+    finally:
+        if timer is not None:
+            timer.cancel()
+        end()
+        process.wait()
+
+
+def run_shape(name: str, options: argparse.Namespace, clock: Clock) -> None:
+    """Measure the missing precisions of one shape in a process of its own, whose memory is free afterwards."""
+    parts = options.output / "parts"
+    wanted = [precision for precision in PRECISIONS if precision != "tf32" or options.device != "cpu"]
+    while missing := [one for one in wanted if not _read(parts / f"{name}-{one}.json").get("complete")]:
+        if clock.over:
+            return
+        peers = ROOT / ".venv-peers" / "bin" / "python"
+        command = [
+            str(peers) if peers.exists() else sys.executable,
+            str(Path(__file__).with_name("gpu_shapes.py")),
+        ]
+        command += [name, "--device", options.device, "--rounds", str(options.rounds), "--parts", str(parts)]
+        whole_call = clock.left
+        process = subprocess.Popen([*command, "--precisions", *missing], cwd=ROOT, start_new_session=True)
+        with _ended_in_time(process, clock.left):
+            process.wait()
+        unfinished = next(
+            (one for one in missing if not _read(parts / f"{name}-{one}.json").get("complete")), None
+        )
+        if unfinished is None:
+            return
+        cut = clock.left == 0
+        if cut and (
+            unfinished != missing[0] or whole_call is None or whole_call < 0.9 * 60 * options.minutes
+        ):
+            return  # it may have been too late in this call
+        # It died, or a whole call did not suffice: its part is finished as failed, and the next one gets its turn.
+        path = parts / f"{name}-{unfinished}.json"
+        reason = f"not finished in {whole_call:.0f} s" if cut else f"exit status {process.returncode}"
+        part = _read(path) or {"shape": name, "precision": unfinished, "found": []}
+        write(path, {**part, "complete": True, "failed": reason})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A part's results; an empty dictionary if they are not there."""
+    if not path.exists():
+        return {}
+    part: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return part
+
+
+def collect(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Write gpu.json and gpu.md from the parts that are there, and return the report."""
+    parts = options.output / "parts"
+    shapes = [_read(parts / f"{name}-{precision}.json") for name in SHAPES for precision in PRECISIONS]
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": meter.machine(device),
+        "versions": meter.versions(),
+        "shapes": [part for part in shapes if part],
+    }
+    for part in report["shapes"]:
+        report["versions"] |= part.get("versions", {})
+    report |= _read(parts / "tests.json")
+    if grid := _read(parts / "grid.json"):
+        report["grid"] = grid
+    write(options.output / "gpu.json", report)
+    (options.output / "gpu.md").write_text("".join(table(report)), encoding="utf-8")
+    return report
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; `--toy` stands for the CPU, the toy shape and one round."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command line; `--toy` stands for the CPU, the toy shape and one round, from nothing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="the same on the CPU with a tiny model")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="+", default=["100M", "1B", "3B", "8B"], choices=list(SHAPES))
     parser.add_argument("--grid-shape", default="3B", choices=list(SHAPES))
+    parser.add_argument("--grid-samples", type=int, default=50, help="source prompts per data set")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=ROOT / "gpu-benchmark", help="a directory")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # one shape, in this process
+    parser.add_argument("--minutes", type=float, help="of this call; the same command continues")
+    parser.add_argument("--again", action="store_true", help="forget what earlier calls measured")
+    parser.add_argument("--output", type=Path, help="a directory; default: gpu-benchmark/cuda or toy")
     options = parser.parse_args(arguments)
     if options.toy:
         options.device, options.shapes, options.grid_shape, options.rounds = "cpu", ["toy"], "toy", 1
+        options.grid_samples, options.again = 3, True
+    if options.output is None:
+        options.output = ROOT / "gpu-benchmark" / ("toy" if options.toy else options.device.partition(":")[0])
     return options
 
 
-def main() -> None:
-    """Run all parts and write the tables."""
-    options = parse(sys.argv[1:])
-    contenders.quiet()
-    torch.set_grad_enabled(False)
+def main() -> int:
+    """Run the parts that are missing and write the tables; 1 if a part failed or is unfinished."""
+    options, began = parse(sys.argv[1:]), time.monotonic()
+    clock = Clock(options.minutes)
     device = pick_device(options.device)
-    if options.one:
-        found = measure_shape(options.one, device, options.rounds)
-        own = {"versions": meter.versions(), "found": found}
-        options.output.write_text(json.dumps(own), encoding="utf-8")
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": meter.machine(device),
-        "versions": meter.versions(),
-    }
-    if "tests" in options.parts:
-        report["tests"] = run_tests()
-    if "shapes" in options.parts:
-        report["shapes"] = []
-        for name in options.shapes:
-            run_shape(name, options, report)
-    if "grid" in options.parts:
-        report["grid"] = gpu_grid.measure(options.grid_shape, device, options.output)
-    (options.output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.output / "gpu.md").write_text("".join(table(report)), encoding="utf-8")
+    parts = options.output / "parts"
+    if options.again:
+        shutil.rmtree(options.output, ignore_errors=True)
+    parts.mkdir(parents=True, exist_ok=True)
+    if "tests" in options.parts and not _read(parts / "tests.json") and not clock.over:
+        run_tests(options.output, clock)
+        collect(options, device)
+    for name in options.shapes if "shapes" in options.parts else ():
+        run_shape(name, options, clock)
+        collect(options, device)
+    grid_file = parts / "grid.json"
+    if "grid" in options.parts and not _read(grid_file).get("complete") and not clock.over:
+        gpu_grid.measure(options.grid_shape, options.grid_samples, device, options.output, clock.left)
+    report = collect(options, device)
     print("".join(table(report)))
+    failed = [f"{part['shape']} {part['precision']}" for part in report["shapes"] if "failed" in part]
+    failed += ["grid"] if "failed" in report.get("grid", {}) else []
+    failed += (
+        ["tests"] if "failed" in report.get("tests", "") or "not finished" in report.get("tests", "") else []
+    )
+    missing = [one for one in _planned(options) if not _read(parts / f"{one}.json").get("complete")]
+    print(f"{time.monotonic() - began:.0f} s. Written to {options.output}.")
+    if failed:
+        print(f"Failed: {', '.join(failed)}.")
+    if missing:
+        print(f"Missing: {', '.join(missing)}. The same command continues.")
+    return bool(failed or missing)
+
+
+def _planned(options: argparse.Namespace) -> Iterator[str]:
+    """The names of the parts that were asked for."""
+    for part in options.parts:
+        if part != "shapes":
+            yield part
+            continue
+        for name in options.shapes:
+            for precision in PRECISIONS:
+                if precision != "tf32" or options.device != "cpu":
+                    yield f"{name}-{precision}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Kills whole runs, or parts of them, at some moment, and looks at what is left."""
 
 import contextlib
+import json
 import os
 import random
 import subprocess
@@ -11,7 +12,7 @@ import psutil
 from selfrepair.storage import tables
 from stubproject import Project
 
-VICTIMS = ("snakemake", "job", "worker")
+VICTIMS = ("snakemake", "job", "worker", "group")  # group: a worker that holds several devices
 
 
 def processes(project: Project) -> list[psutil.Process]:
@@ -37,20 +38,23 @@ def start(project: Project, *arguments: str) -> "subprocess.Popen[bytes]":
         )
 
 
-def kill_during_a_run(project: Project, victim: str, moment: random.Random, most: float) -> tuple[bool, int]:
+def kill_during_a_run(
+    project: Project, victim: str, moment: random.Random, most: float, *arguments: str
+) -> tuple[bool, int]:
     """Start a run, and within `most` seconds of its first sign of work kill one process with signal 9.
 
     Waits for the run to end, and for everything it started. Returns whether the victim was found, and the
     status of the run. Raises AssertionError if a process outlives the run by more than ten seconds.
     """
-    run = start(project, "--keep-going")
+    run = start(project, "--keep-going", *arguments)
     lock = next(iter(project.configured()["experiments"]))
     wait(lambda: (project.path / "results" / lock / ".lock").exists() or run.poll() is not None, 120)
     time.sleep(moment.uniform(0, most))
     killed = False
     deadline = time.monotonic() + 5
     while not killed and run.poll() is None and time.monotonic() < deadline:
-        for process in _victims(project, run.pid, victim):
+        victims = _victims(project, run.pid, victim)
+        for process in moment.sample(victims, len(victims)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
                 killed = True
@@ -82,12 +86,21 @@ def wait_for_none(project: Project, *, workers: bool) -> None:
 def _victims(project: Project, run: int, victim: str) -> list[psutil.Process]:
     if victim == "worker":
         return project.workers()
+    if victim == "group":
+        return [worker for worker in project.workers() if _devices(worker) > 1]
     with contextlib.suppress(psutil.NoSuchProcess):
         if victim == "snakemake":
             return [psutil.Process(run)]
         children = psutil.Process(run).children(recursive=True)
         return [child for child in children if not _is_worker(child)]
     return []
+
+
+def _devices(worker: psutil.Process) -> int:
+    """The devices that a worker holds."""
+    with contextlib.suppress(psutil.Error, IndexError):  # a killed process has no command line
+        return int(json.loads(worker.cmdline()[-1]).get("devices", 1))
+    return 0
 
 
 def _is_worker(process: psutil.Process) -> bool:
