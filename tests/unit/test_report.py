@@ -165,6 +165,17 @@ def test_order_of_the_questions(evil: tuple[Page, Job, synthetic.Run]) -> None:
     assert sum(len(body) > 500_000 for _, body in shown.scripts) == 1  # the bundle, once
 
 
+def test_a_page_holds_the_smaller_picture_without_attributes_for_screen_readers(tmp_path: Path) -> None:
+    svg = '<svg><path role="img" aria-label="a &lt; b" d="M0,0"/><text x="1"> role="x"</text></svg>'
+    (tmp_path / "x.svg").write_text(svg)
+    for size, kind in ((20, "image/png"), (200, "image/svg+xml")):
+        (tmp_path / "x.png").write_bytes(bytes(size))
+        address = page.still({name: str(tmp_path / f"x.{name}") for name in ("svg", "png")})
+        assert address.startswith(f"data:{kind};base64,")
+    shown = base64.b64decode(address.partition(",")[2]).decode()
+    assert shown == '<svg><path d="M0,0"/><text x="1"> role="x"</text></svg>'
+
+
 def test_tables_can_be_sorted(evil: tuple[Page, Job, synthetic.Run]) -> None:
     shown, _, _ = evil
     cells = [attrs for tag, attrs in shown.elements if tag == "td" and "number" in str(attrs.get("class"))]

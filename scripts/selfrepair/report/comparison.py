@@ -21,7 +21,7 @@ from selfrepair.report.page import (
     Picture,
     Table,
     cell,
-    data_address,
+    drawing,
     interval_cell,
     picture,
     relative,
@@ -178,7 +178,7 @@ def _models(params: Mapping[str, Any], paths: Sequence[str]) -> dict[str, dict[s
 
 
 def _embedded(shown: Figure) -> Picture:
-    return picture(figure.payload(shown), data_address(figure.svg(shown).encode(), "image/svg+xml"))
+    return picture(figure.payload(shown), drawing(figure.svg(shown)))
 
 
 def _facts(params: Mapping[str, Any], paths: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:

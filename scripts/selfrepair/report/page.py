@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from markupsafe import Markup
 from selfrepair.report.figures import embedding
 from selfrepair.report.figures.wording import number
 
-LARGEST_SVG = 200_000  # bytes; a larger drawing is embedded as PNG
+_TAG = re.compile("<[^>]*>")
+_ARIA = re.compile(' (?:aria-[a-z]+|role)="[^"]*"')
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,19 @@ def script(payload: Any) -> Markup:
 
 
 def still(formats: Mapping[str, str]) -> str:
-    """Return the static picture as a data: address, SVG unless it is large. An image runs no script."""
-    path, kind = Path(formats["svg"]), "image/svg+xml"
-    if path.stat().st_size > LARGEST_SVG:
-        path, kind = Path(formats["png"]), "image/png"
-    return data_address(path.read_bytes(), kind)
+    """Return the static picture as a data: address, SVG or PNG: the smaller one. An image runs no script."""
+    drawn = drawing(Path(formats["svg"]).read_text("utf-8"))
+    picture = Path(formats["png"]).read_bytes()
+    return drawn if len(drawn) <= 4 / 3 * len(picture) else _address(picture, "image/png")
 
 
-def data_address(content: bytes, kind: str) -> str:
-    """Return `content` as a data: address."""
+def drawing(svg: str) -> str:
+    """Return an SVG as a data: address, without the attributes for screen readers, which read the image's own text."""
+    plain = _TAG.sub(lambda tag: _ARIA.sub("", tag[0]), svg)
+    return _address(plain.encode(), "image/svg+xml")
+
+
+def _address(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
