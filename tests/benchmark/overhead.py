@@ -2,12 +2,14 @@
 
     .venv/bin/python tests/benchmark/overhead.py [--model 100M] [--samples N] [--draws R] [-- SNAKEMAKE ARGUMENTS]
 
-Prints the wall clock of `snakemake --cores 2 --until effects`, the seconds that the engine computed in, what is
-beside it per cell, how often a model was loaded, and the same command with nothing to do. The demo's five domains,
-positions `last`, every ablation, in three experiments.
+Prints the wall clock of `snakemake --until effects`, the seconds that the engine computed in, what is beside it per
+cell, how often a model was loaded, and the same command with nothing to do. The demo's five domains, positions `last`,
+every ablation, in three experiments. From the first to the last cell: the processor time per cell of Snakemake, of the
+cells' own processes, and of the worker without the engine.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -16,7 +18,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
@@ -52,16 +56,64 @@ def configuration(model: Path, samples: int, draws: int) -> dict[str, Any]:
     }
 
 
-def run(project: stubproject.Project, *arguments: str) -> float:
-    """Seconds of one command, which must succeed."""
+class Sample(NamedTuple):
+    """The state of a run at one moment; times are seconds."""
+
+    clock: float
+    cells: int
+    snakemake: float  # processor time
+    jobs: float  # processor time of the finished processes of jobs
+    worker: float
+    engine: float  # wall clock in the engine
+    engine_used: float  # processor time in the engine
+
+
+_ENGINE = r"([0-9.]+) s in the engine \(.*\), ([0-9.]+) s of processor time"
+
+
+def sample(project: stubproject.Project, process: psutil.Process) -> Sample:
+    """Look at a run."""
+    used = process.cpu_times()
+    worker = sum(sum(worker.cpu_times()[:2]) for worker in project.workers())
+    logs = [log.read_text() for log in project.path.glob("results/*/*/logs/effects/*/*/*.log")]
+    cells = [(float(a), float(b)) for log in logs for a, b in re.findall(_ENGINE, log)]
+    own, jobs = used.user + used.system, used.children_user + used.children_system
+    engine = sum(a for a, _ in cells), sum(b for _, b in cells)
+    return Sample(time.perf_counter(), len(cells), own, jobs, worker, *engine)
+
+
+def run(project: stubproject.Project, *arguments: str) -> tuple[float, list[Sample]]:
+    """Seconds of one command, which must succeed, and samples from its first cell to its last."""
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
     began = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=project.path, env=project.environment(), capture_output=True, text=True
+    samples: list[Sample] = []
+    with open(project.path / "printed.txt", "w+") as printed:
+        done = subprocess.Popen(
+            command, cwd=project.path, env=project.environment(), stdout=printed, stderr=printed
+        )
+        process = psutil.Process(done.pid)
+        with contextlib.suppress(psutil.Error):
+            while process.status() != psutil.STATUS_ZOMBIE:
+                seen = sample(project, process)
+                if seen.cells and (not samples or seen.cells > samples[-1].cells):
+                    samples.append(seen)
+                time.sleep(1.0)
+        if done.wait():
+            printed.seek(0)
+            raise SystemExit(printed.read()[-4000:])
+    return time.perf_counter() - began, samples
+
+
+def print_shares(samples: list[Sample]) -> None:
+    """Print what a cell costs each process between the first and the last sample."""
+    passed = Sample(*(end - start for start, end in zip(samples[0], samples[-1], strict=True)))
+    beside = passed.worker - passed.engine_used
+    print(
+        f"{passed.cells} cells, per cell: {passed.clock / passed.cells:.3f} s by the clock, of which "
+        f"{passed.engine / passed.cells:.3f} s in the engine; processor time: Snakemake "
+        f"{passed.snakemake / passed.cells:.3f} s, the cell's process {passed.jobs / passed.cells:.3f} s, "
+        f"the worker without the engine {beside / passed.cells:.3f} s; load {os.getloadavg()[0]:.1f}"
     )
-    if done.returncode:
-        raise SystemExit(done.stderr[-4000:])
-    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -86,8 +138,9 @@ def main() -> None:
         print(
             f"load {os.getloadavg()[0]:.1f}, model {options.model}, {options.samples} prompts, {options.draws} draws"
         )
-        wall = run(project, "--until", "effects", *extra)
-        again = run(project, "--until", "effects", *extra)
+        wall, samples = run(project, "--until", "effects", *extra)
+        print_shares(samples)
+        again, _ = run(project, "--until", "effects", *extra)
         project.close()
         logs = [log.read_text() for log in path.glob("results/*/*/logs/**/*.log")]
         engine = [float(s) for log in logs for s in re.findall(r"([0-9.]+) s in the engine", log)]

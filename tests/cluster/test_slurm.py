@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import faults
 import psutil
@@ -73,36 +75,76 @@ def submitted(said: str) -> int:
     return len(re.findall(r"has been submitted with SLURM jobid|Submitted .* with external jobid", said))
 
 
-# A cell in the log of a batch job: when it starts, its number in the job, and its name.
-_STARTED = (
-    r"\[(.*)\]\n(?:local)?rule effects:(?:\n    .*)*?/(ablation=.*)\.parquet(?:\n    .*)*?\n    jobid: (\d+)"
-)
+# The first and the last line of a cell's log.
+_BEGAN = r"^(\S+) INFO worker \d+ on (\S+), batch job (\d+), device (\S+)$"
+_ENGINE = r"([0-9.]+) s in the engine"
 
 
-def timeline(project: stubproject.Project, devices: int) -> tuple[str, set[str]]:
-    """Start and end of every batch job and cell of a run, as text, and the nodes of the cells' batch jobs."""
+class DoneCell(NamedTuple):
+    """What the log of a cell says. Times are seconds of a day."""
+
+    batch_job: str
+    node: str
+    device: str
+    start: float
+    end: float
+    engine: float
+    loads: int  # how often it loaded the model
+    name: str
+
+
+def done_cells(project: stubproject.Project) -> list[DoneCell]:
+    """The cells of a run, by batch job, device and start."""
+    cells = []
+    for path in project.path.rglob("logs/effects/**/*.log"):
+        log = path.read_text()
+        began = re.search(_BEGAN, log, re.M)
+        assert began is not None, log
+        stamp, node, batch_job, device = began.groups()
+        hours, minutes, seconds = stamp.split(":")
+        start = 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        day = time.localtime(path.stat().st_mtime)
+        end = 3600 * day.tm_hour + 60 * day.tm_min + day.tm_sec + path.stat().st_mtime % 1
+        engine = sum(map(float, re.findall(_ENGINE, log)))
+        loads = len(re.findall("loading model", log))
+        name = f"{path.parent.name}/{path.stem}"
+        cells.append(DoneCell(batch_job, node, device, start, end, engine, loads, name))
+    return sorted(cells, key=lambda cell: (int(cell.batch_job), cell.device, cell.start))
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds // 3600:02.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:06.3f}"
+
+
+def timeline(project: stubproject.Project, cells: list[DoneCell]) -> str:
+    """Start and end of every batch job and cell. A gap is the time since the previous cell of the device."""
     listed = slurm("squeue", "--states=all", "--noheader", "--format=%i|%j|%N|%S|%e|%Z").splitlines()
     jobs = [line.split("|") for line in listed if line.endswith(f"|{project.path}")]
-    lines, times, nodes = [], [], set()
+    lines = []
     for number, name, node, began, ended, _ in sorted(jobs, key=lambda job: int(job[0])):
-        lines.append(f"  job {number} on {node}, {began[-8:]} to {ended[-8:]}: {name}")
-        if "cells-" not in name:
-            continue
-        nodes.add(node)
-        # The batch job's own Snakemake prints when it starts a cell and when the cell is finished, in whole seconds.
-        log = (project.path / f".snakemake/slurm_logs/{number}.log").read_text()
-        starts = re.findall(_STARTED, log)
-        ends = {job: stamp for stamp, job in re.findall(r"\[(.*)\]\nFinished jobid: (\d+)", log)}
-        for start, cell, job in starts:
-            span = [time.mktime(time.strptime(stamp)) for stamp in (start, ends[job])]
-            lines.append(f"    {cell}: {start[11:19]} to {ends[job][11:19]}")
-            times.append(span)
-    whole = max(end for _, end in times) - min(start for start, _ in times)
-    share = sum(end - start for start, end in times) / max(1.0, whole * devices * len(nodes))
-    lines.append(
-        f"  {len(times)} cells in {whole:.0f} s, {share:.1f} at a time per device of {len(nodes)} nodes"
+        own = [cell for cell in cells if cell.batch_job == number]
+        loads = f", {sum(cell.loads for cell in own)} loadings of the model" if own else ""
+        lines.append(f"  batch job {number} on {node}, {began[-8:]} to {ended[-8:]}: {name}{loads}")
+        previous: DoneCell | None = None
+        for cell in own:
+            gap = "first"
+            if previous is not None and previous.device == cell.device:
+                gap = f"{cell.start - previous.end:.3f} s"
+            lines.append(
+                f"    {cell.device:12} {cell.name:26} {clock(cell.start)} to {clock(cell.end)}, "
+                f"{cell.engine:.3f} s in the engine, gap {gap}"
+            )
+            previous = cell
+    return "\n".join(lines)
+
+
+def seconds_beside_the_engine(cells: list[DoneCell]) -> list[float]:
+    """From the end of a cell to the end of the next one of its device, without the next one's arithmetic."""
+    return sorted(
+        later.end - earlier.end - later.engine
+        for earlier, later in pairwise(cells)
+        if (earlier.batch_job, earlier.device) == (later.batch_job, later.device)
     )
-    return "\n".join(lines), nodes
 
 
 @pytest.fixture
@@ -158,24 +200,19 @@ def test_a_small_grid_is_that_of_a_local_run(
     cells = [path for path in found if "/effects/" in path]
     assert expected == found and len(cells) == 24
     assert submitted(said) == 1 + 1 + GROUPS + 1  # tokens, activations, cells, summary
-    logs = [log.read_text() for log in cluster.path.rglob("logs/effects/**/*.log")]
-    engine = sum(float(found) for log in logs for found in re.findall(r"([0-9.]+) s in the engine", log))
-    steps = []  # seconds between the ends of two cells of a batch job
-    for group in cluster.path.glob("results/last/tiny/logs/effects/source=a/ablation=*"):
-        ends = sorted(log.stat().st_mtime for log in group.glob("*.log"))
-        steps += sorted(later - earlier for earlier, later in pairwise(ends))
-    steps.sort()
+    done = done_cells(cluster)
+    beside = seconds_beside_the_engine(done)
+    assert len(done) == 24
     print(
-        f"\nprofile {profile}, {devices} devices per batch job: {len(cells)} cells in {GROUPS} groups, "
-        f"{seconds:.0f} s; arithmetic of the cells {engine:.2f} s; "
-        f"median time between two cells {steps[len(steps) // 2]:.2f} s"
+        f"\nprofile {profile}, {devices} devices per batch job: {len(cells)} cells in {GROUPS} batch jobs, "
+        f"{seconds:.0f} s; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors\n"
+        f"{timeline(cluster, done)}\n"
+        f"  beside the engine, per cell after the first of its device: median {median(beside):.3f} s, "
+        f"from {beside[0]:.3f} to {beside[-1]:.3f} s"
     )
-    log, nodes = timeline(cluster, devices)
-    print(log)
-    assert nodes == NODES
-    starts = sum(len(re.findall("loading model", log)) for log in logs)
+    assert {cell.node for cell in done} == NODES
     # A device may get no cell of a group. Without control groups a worker survives the plugin's job steps.
-    assert GROUPS <= starts <= loads
+    assert GROUPS <= sum(cell.loads for cell in done) <= loads
     wait_for(lambda: not cluster.workers(), 20)  # ended with their batch jobs
     cluster.close()
 

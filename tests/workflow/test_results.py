@@ -80,7 +80,7 @@ def test_all_cells_are_one_table(finished: Project) -> None:
 def test_the_worker_loaded_the_model_once(finished: Project) -> None:
     """The second experiment's first job finds it loaded: a cell says how long it took and no more."""
     log = (finished.path / "results/last/tiny/logs/effects/source=b/ablation=zero/layer=1.log").read_text()
-    assert "in the engine" in log and len(log.splitlines()) == 1
+    assert "in the engine" in log and len(log.splitlines()) == 2 and "INFO worker " in log
 
 
 @pytest.fixture

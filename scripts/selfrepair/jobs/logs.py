@@ -47,7 +47,9 @@ def redirected(path: str | None) -> Iterator[None]:
     # Not sys.stderr, which tests and notebooks replace by streams that do not write to descriptor 2.
     stream = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - closed below
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s.%(msecs)03d %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    )
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     propagate, logger.propagate = logger.propagate, False

@@ -81,12 +81,13 @@ def run(job: Job, session: Session) -> None:
     if read == "every":
         every = Positions(loaded, clean_effects(runs, rank), settings.n_draws, params.get("keep"))
     at_once = len(sites) if every is None else _sites_at_once(loaded, len(sources), settings.n_draws, every)
-    seconds, parts = 0.0, []
+    seconds, used, parts = 0.0, 0.0, []
     for first in range(0, len(sites), at_once):
         chosen = sites[first : first + at_once]
-        started = time.perf_counter()
+        started, used_before = time.perf_counter(), time.process_time()
         part = measure(loaded, runs, ablation, replace(settings, sites=chosen), later)
         seconds += time.perf_counter() - started
+        used += time.process_time() - used_before
         part = in_order(part, rank)
         require_finite(part, job.output["cell"])
         part["site"] += first
@@ -119,7 +120,10 @@ def run(job: Job, session: Session) -> None:
     columns = table_columns(params, measured, sites, ablation, correct)
     # Last: if the cell exists, all of its files do.
     tables.write(job.output["cell"], columns, EFFECTS, metadata)
-    log.info("%d rows, %.3f s in the engine (path %s)", len(measured["prompt"]), seconds, choice.path)
+    log.info(
+        "%d rows, %.3f s in the engine (path %s), %.3f s of processor time",
+        *(len(measured["prompt"]), seconds, choice.path, used),
+    )
 
 
 def _sites_at_once(loaded: LoadedModel, n_prompts: int, n_draws: int, every: Positions) -> int:

@@ -8,6 +8,7 @@ error, which may have left its memory in an unknown state.
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import queue
 import socket
@@ -28,6 +29,8 @@ from selfrepair.jobs.submit import changed_code
 from selfrepair.planning.fingerprint import code_digest
 from selfrepair.planning.stages import worker_modules
 from selfrepair.storage.processes import ProcessId, is_alive
+
+_log = logging.getLogger("selfrepair")
 
 REQUEST_BYTES = 64 << 20  # longest request; a job with 100,000 input paths has 10 MB
 REQUEST_SECONDS = 20.0  # a client sends its request at once
@@ -68,6 +71,9 @@ class Server:
     ) -> None:
         self.path, self.device, self.devices, self.package = path, device, devices, package
         self.idle_seconds = idle_seconds
+        node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+        batch_job = f"batch job {number}, " if (number := os.environ.get("SLURM_JOB_ID")) else ""
+        self.place = f"{node}, {batch_job}device {os.environ.get('CUDA_VISIBLE_DEVICES') or device}"
         self.last_use = time.monotonic()
         self.session: Any = None
         self.requests: queue.Queue[Request] = queue.Queue()
@@ -156,6 +162,7 @@ class Server:
                 usable = False
                 raise changed_code()
             with logs.redirected(job.log):
+                _log.info("worker %d on %s", os.getpid(), self.place)
                 run_stage(job, self._session())
         except InputError as error:
             answer = {"event": "failed", "kind": "input", "message": str(error)}
