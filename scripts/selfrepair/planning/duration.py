@@ -1,7 +1,7 @@
 """How long an experiment takes: operations at the measured speed of a matrix product, and fixed costs.
 
-The constants are from a run of the demo on two cores (2026-11-21, 400 cells, 258 s) and from `docs/performance.md`.
-The fixed costs of a GPU were not measured: there the same constants are used.
+The constants are from a run of the demo on two cores (2026-11-21, 400 cells, 258 s) and from `docs/performance.md`;
+`CELL_SECONDS` is from `docs/scale.md`. The fixed costs of a GPU were not measured: there the same constants are used.
 """
 
 import math
@@ -22,7 +22,7 @@ CALL_SECONDS = 3e-3  # of a layer in one pass, beside its products: small tensor
 PLAN_SECONDS = 7.0  # Snakemake before its first job
 WORKER_SECONDS = 7.0  # a worker's start with its imports, and a small model
 LOADING_RATE = 5e8  # bytes of weights per second: read, hashed and checked
-CELL_SECONDS = 0.18  # Snakemake, the job's process and the cell's file; they share the cores with the engine
+CELL_SECONDS = 0.08  # processor time of Snakemake, the cell's process, and its file in the worker
 SOURCE_SECONDS = 1.0  # per data set: the jobs of tokens and clean runs, and the self-test's fixed part
 SELFTEST_PASSES = (
     6.0  # forward passes over the longest prompt; and one more per layer, at which a run may begin
