@@ -3,11 +3,14 @@
 import itertools
 from collections import Counter
 
+import inprocess
 import numpy as np
 import other_device
+import pyarrow as pa
 import pytest
 import test_gpu
 import tiny_models
+import tinyproject
 import torch
 from selfrepair.effects import measure
 from selfrepair.effects.ablations import Zero
@@ -16,12 +19,14 @@ from selfrepair.effects.outcomes import Asked
 from selfrepair.effects.runs import CleanRuns
 from selfrepair.effects.selftest import choose
 from selfrepair.errors import InputError
-from selfrepair.jobs import provenance
+from selfrepair.jobs import provenance, session
 from selfrepair.models import memory
 from selfrepair.models.loading import load, wrap
 from selfrepair.models.placement import move_to_devices
 from selfrepair.models.weights import ModelSpec
+from selfrepair.planning.config_loading import load_config
 from selfrepair.planning.spreading import loads, spread
+from selfrepair.storage import tables
 from selfrepair.tools import verify
 
 
@@ -151,6 +156,75 @@ def test_weights_are_loaded_onto_several_devices(tmp_path):
         assert provenance.facts_of(loaded)["device"] == "meta cpu"
         found = effects_of(loaded)
     np.testing.assert_allclose(found, expected, atol=1e-5)  # not the same attention kernels
+
+
+SMALL = {
+    "models": ["tiny"],
+    "datasets": ["b"],
+    "samples": 2,
+    "store": 2,
+    "draws": 2,
+    "layers": [1],
+    "components": ["attn", "heads"],
+}
+WHOLE = {
+    "datasets": {"b": {"path": "b.jsonl"}},
+    "models": {"tiny": {"path": "model", "device": "cpu", "dtype": "float64"}},
+    "experiments": {
+        "last": {**SMALL, "positions": "last", "ablations": ["random", "replace"]},
+        "every": {
+            **SMALL,
+            "positions": "all",
+            "length": 5,
+            "read": "every",
+            "ablations": ["mean"],
+        },
+    },
+}
+
+
+def test_a_whole_run_on_two_devices_writes_the_tables_of_one(tmp_path, monkeypatch):
+    """From tokens to summaries, with later heads and, in one experiment, every position read. Both are the CPU."""
+    model().save_pretrained(tmp_path / "model")
+    tinyproject.write_tokenizer(tmp_path / "model")
+    tinyproject.write_data(tmp_path / "b.jsonl", 0)
+    config = load_config(WHOLE, tmp_path)
+    roots = {n: tmp_path / f"{n}-devices" for n in (1, 2)}
+    for number, root in roots.items():
+        root.mkdir()
+        for name in ("model", "b.jsonl"):
+            (root / name).symlink_to(tmp_path / name)
+        monkeypatch.chdir(root)
+        inprocess.run(config, session.Session("cpu", number))
+    files = [
+        sorted(path.relative_to(root) for path in root.rglob("results/**/*.parquet"))
+        for root in roots.values()
+    ]
+    assert files[0] == files[1]
+    kinds = {path.parts[3] for path in files[0]}
+    assert {"effects", "downstream_heads", "averages", "selections", "summary"} <= kinds
+    cells = (next(root.rglob("results/last/**/effects/**/*.parquet")) for root in roots.values())
+    assert [tables.metadata_of(tables.read(cell).schema)["device"] for cell in cells] == ["cpu", "cpu cpu"]
+    for path in files[0]:
+        if path.parts[3] == "downstream_heads" and path.parts[5] == "ablation=self":
+            continue  # which head changes most is a matter of rounding
+        one, two = (tables.read(root / path) for root in roots.values())
+        assert one.schema.names == two.schema.names and len(one) == len(two)
+        for name in one.schema.names:
+            compare_columns(one[name].combine_chunks(), two[name].combine_chunks(), f"{path} {name}")
+
+
+def compare_columns(one, two, name):
+    """Equal, or numbers that agree to 1e-6."""
+    while pa.types.is_list(one.type):
+        assert one.offsets.equals(two.offsets), name
+        one, two = one.flatten(), two.flatten()
+    if not pa.types.is_floating(one.type):
+        assert one.equals(two), name
+        return
+    assert one.is_null().equals(two.is_null()), name
+    numbers, others = (x.drop_null().to_numpy(zero_copy_only=False) for x in (one, two))
+    np.testing.assert_allclose(others, numbers, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_rows_are_verified_on_as_many_devices_as_they_were_computed_on(monkeypatch):

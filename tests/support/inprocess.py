@@ -12,9 +12,9 @@ from selfrepair.planning.config import Config, Experiment
 from selfrepair.planning.plan import Plan
 
 
-def run(config: Config) -> None:
+def run(config: Config, session: Session | None = None) -> None:
     """Write `results/` of every experiment below the working directory, up to the summaries and comparison pages."""
-    plan, session = Plan(config), Session("cpu")
+    plan, session = Plan(config), session or Session("cpu")
     for experiment in config.experiments.values():
         for model in experiment.models:
             _measure(plan, session, experiment, model)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from selfrepair.planning import costs, modelsize
 from selfrepair.planning.config import Model
 from selfrepair.planning.modelsize import Size, size_of
 from selfrepair.planning.spreading import devices_needed, largest_load
-from selfrepair.tools import estimate
+from selfrepair.tools import check, estimate
 
 CONFIG = {
     "hidden_size": 16,
@@ -184,9 +186,66 @@ def test_the_estimate_names_devices_of_this_machine_or_of_common_sizes(
     big = dataclasses.replace(cost, memory=40e9 + 2e9)
     size = dataclasses.replace(size_of(config.models["demo"]), parameters=10**10, embeddings=10**9, layers=20)
     # 40 GB of float32 weights, 4 of them embeddings, 1.8 GB per layer; 2 GB of working memory on every device.
-    assert estimate._devices(size, big, []) == ("3 of 24 GB, or 2 of 40 GB, or 1 of 80 GB (key `devices`)")
+    assert estimate._devices(size, big, []) == (
+        "3 of 24 GB, or 2 of 40 GB, or 1 of 80 GB, or 1 of 141 GB (key `devices`)"
+    )
     assert estimate._devices(size, big, [16 * 10**9]) == "4 of 16 GB (key `devices`)"
     assert "none of 4 GB (a layer does not fit)" in estimate._devices(size, big, [4 * 10**9])
+
+
+def test_the_size_of_a_70b_model_says_how_many_devices_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 3.1 70B: the published configuration, and weights of which only the headers are written."""
+    width, inner, kv, layers, vocabulary = 8192, 28672, 1024, 80, 128256
+    numbers = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    numbers |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": vocabulary}
+    config = {"model_type": "llama", "tie_word_embeddings": False, **numbers}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    layer = {"q": (width, width), "k": (kv, width), "v": (kv, width), "o": (width, width)}
+    layer |= {
+        "gate": (inner, width),
+        "up": (inner, width),
+        "down": (width, inner),
+        "n1": (width,),
+        "n2": (width,),
+    }
+    shapes = {f"layers.{n}.{name}": shape for n in range(layers) for name, shape in layer.items()}
+    shapes |= {"embed": (vocabulary, width), "head": (vocabulary, width), "norm": (width,)}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # sparse: it takes a few blocks of the disk
+    model = Model("m", os.fspath(tmp_path), None, "bfloat16", "auto", tmp_path, True)
+    size = size_of(model)
+    assert size.parameters == 70_553_706_496  # as published
+    embeddings, per_layer = 2 * 2 * vocabulary * width, 2 * (math.prod(layer["q"]) * 2 + 2 * kv * width)
+    per_layer += 2 * 3 * inner * width
+    fullest = {n: size.layers / n * per_layer / 1e9 for n in (1, 2, 4)}
+    for n, gigabytes in fullest.items():  # layers dominate; the last device holds the embeddings as well
+        assert gigabytes <= largest_load(size, n) / 1e9 <= gigabytes + embeddings / 1e9 / n + per_layer / 1e9
+    assert [devices_needed(size, 3e9, 1e9 * memory) for memory in (24, 40, 80, 141)] == [9, 5, 3, 2]
+    for devices, memory, text in (
+        (
+            1,
+            80,
+            "141 GB of weights in bfloat16 do not fit on 1 device: the fullest would hold 141 GB and has 80 GB",
+        ),
+        (
+            2,
+            64,
+            "141 GB of weights in bfloat16 do not fit on 2 devices: the fullest would hold 70.9 GB and has 64",
+        ),
+    ):
+        monkeypatch.setattr(check.devices, "cuda_memory", lambda memory=memory: [memory * 10**9] * 8)
+        (error,) = check._room(replace(model, devices=devices))
+        assert text in error.what and "set `devices: " in error.remedy and "bfloat16" not in error.remedy
+    monkeypatch.setattr(check.devices, "cuda_memory", lambda: [80 * 10**9] * 8)
+    assert not list(check._room(replace(model, devices=3)))
 
 
 def test_too_little_disk_is_a_warning(

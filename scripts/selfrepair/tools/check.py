@@ -151,8 +151,9 @@ def _room(model: Model) -> Iterator[InputError]:
             f"{size.weights / 1e9:.3g} GB of weights in {model.dtype} do not fit on {n} device{'s' * (n > 1)}: the "
             f"fullest would hold {largest_load(size, n) / 1e9:.3g} GB and has {min(memory) / 1e9:.3g} GB"
         )
-        spread = "" if needed is None else f"set `devices: {needed}`, or "
-        yield InputError(what, where=key, remedy=f"{spread}set `dtype: bfloat16` or `device: cpu`.")
+        remedies = [] if needed is None else [f"set `devices: {needed}`"]
+        remedies += ["set `dtype: bfloat16`"] if size.item > 2 else []
+        yield InputError(what, where=key, remedy=f"{', or '.join([*remedies, 'set `device: cpu`'])}.")
 
 
 def cuda_devices() -> int:

@@ -30,7 +30,7 @@ _CHARACTERS = 4.0  # of a token of English text
 _ROWS = {"cpu": 1024, "cuda": 8192}  # of the matrix product that is timed
 _WIDEST = 2048  # of the same, so that it takes well below a second
 _TIMED_SECONDS = 0.3
-_COMMON = (24, 40, 80)  # GB of memory of common GPUs
+_COMMON = (24, 40, 80, 141)  # GB of memory of common GPUs
 _SAMPLE = 200  # prompts whose lengths are looked at
 
 
@@ -99,7 +99,7 @@ def report(config: Config, device: str | None, times: bool) -> list[str]:
         size = size_of(model)
         print(f"{cost.experiment} / {cost.model}: {cost.cells} cells, {cost.rows:,} rows of effects")
         print(
-            f"  model           {size.parameters / 1e6:,.3g} million parameters, {size.layers} layers, "
+            f"  model           {_parameters(size.parameters)}, {size.layers} layers, "
             f"{_bytes(size.weights)} in {model.dtype}"
         )
         total = sum(cost.operations.values())
@@ -172,11 +172,20 @@ def _warnings(config: Config, models: Sequence[Costs], device: str | None, look_
             if needed_here > (free := memory.free(at)):
                 n = devices_needed(size, working, free) if at.type == "cuda" else None
                 more = f"set `devices: {n}`, " if n else ""
+                more += "set `dtype: bfloat16`, or " if size.item > 2 else "or " if more else ""
                 warnings.append(
                     f"{cost.experiment} / {cost.model} needs about {_bytes(needed_here)} on {at}, which has "
-                    f"{_bytes(free)} free: {more}set `dtype: bfloat16`, or use a larger device."
+                    f"{_bytes(free)} free: {more}use a larger device."
                 )
     return warnings
+
+
+def _parameters(number: int) -> str:
+    return (
+        f"{number / 1e9:.3g} billion parameters"
+        if number >= 1e9
+        else f"{number / 1e6:.3g} million parameters"
+    )
 
 
 def _bytes(size: float) -> str:
