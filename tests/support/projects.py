@@ -3,9 +3,12 @@
 import copy
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from selfrepair.errors import InputError
 from selfrepair.planning import config, config_loading
 
 LAYERS = 8
@@ -57,3 +60,18 @@ def safetensors_bytes(values: bytes = b"\0" * 8) -> bytes:
 def load(root: Path, values: dict[str, Any] | None = None) -> config.Config:
     """The configuration `values`, or `raw()`, of the project under `root`."""
     return config_loading.load_config(raw() if values is None else values, root)
+
+
+def message(root: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """Return the error of the configuration `raw()` after `change`."""
+    values = raw()
+    change(values)
+    with pytest.raises(InputError) as caught:
+        config_loading.load_config(values, root, "my.yaml")
+    return str(caught.value)
+
+
+def has(text: str, *facts: str) -> None:
+    """Assert that a text has all of some others in it."""
+    for fact in facts:
+        assert fact in text, f"{fact!r} is not in:\n{text}"
