@@ -14,6 +14,7 @@ from typing import Any
 
 import faults
 import pytest
+from bench import Bench
 from selfrepair.errors import InputError
 from selfrepair.jobs import devices
 from selfrepair.jobs.devices import Device
@@ -21,7 +22,6 @@ from selfrepair.jobs.job import Job
 from selfrepair.jobs.worker import address
 from selfrepair.planning import startup
 from stubproject import CONFIG, Project
-from test_worker import Bench
 
 HOLDER = """
 import json, sys
