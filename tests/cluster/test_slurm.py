@@ -123,7 +123,7 @@ def timeline(project: stubproject.Project, cells: list[DoneCell]) -> str:
     lines = []
     for number, name, node, began, ended, _ in sorted(jobs, key=lambda job: int(job[0])):
         own = [cell for cell in cells if cell.batch_job == number]
-        loads = f", {sum(cell.loads for cell in own)} loadings of the model" if own else ""
+        loads = f", loadings of the model: {sum(cell.loads for cell in own)}" if own else ""
         lines.append(f"  batch job {number} on {node}, {began[-8:]} to {ended[-8:]}: {name}{loads}")
         previous: DoneCell | None = None
         for cell in own:
