@@ -86,7 +86,7 @@ def emergence(table: pl.DataFrame, family: str, steps: Mapping[str, int]) -> Fig
             detail=alt.Detail("layer:Q"),
         )
         heading = f"{theme.COMPONENT[component]} ablated"
-        return alt.layer(*draw.rules(), band, line).properties(width=320, height=180, title=heading)
+        return layout.layered(*draw.rules(), band, line, width=320, height=180, title=heading)
 
     def bars(component: str) -> Any:
         return (

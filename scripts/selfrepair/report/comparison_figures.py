@@ -60,7 +60,7 @@ def restoration(table: pl.DataFrame) -> Figure:
             x=x, y=y, color=classes_of.colour(classes), shape=classes_of.shape(classes), tooltip=_tooltip()
         )
         title = f"{model}: {theme.COMPONENT[component]} ablated"
-        return alt.layer(*rules(), bars, marks).properties(width=300, height=190, title=title)
+        return layout.layered(*rules(), bars, marks, width=300, height=190, title=title)
 
     grid = [layout.row(*[panel(m, c) for m in models], y="shared") for c in components]
     chart = layout.column(*grid)
@@ -104,7 +104,7 @@ def depth(table: pl.DataFrame) -> Figure:
         )
         dots = sure.encode(x=alt.X("depth:Q"), y=alt.Y("model:N", sort=models))
         title = f"{theme.COMPONENT[component]} ablated"
-        return alt.layer(marks, dots).properties(width=330, height=26 * len(models) + 20, title=title)
+        return layout.layered(marks, dots, width=330, height=26 * len(models) + 20, title=title)
 
     chart = layout.row(*[panel(c) for c in drawn_components(rows)])
     return assembled(
@@ -191,7 +191,7 @@ def size(table: pl.DataFrame, models: Mapping[str, Mapping[str, Any]]) -> Figure
         ],
     )
     text = base.mark_text(align="left", dx=8, dy=-6).encode(x=x, y=y, text=alt.Text("model:N"))
-    chart = alt.layer(marks, text).properties(width=560, height=280)
+    chart = layout.layered(marks, text, width=560, height=280)
     return assembled(
         "size",
         "Share of repaired contributions against size",

@@ -67,8 +67,12 @@ def build(frames: Frames) -> dict[str, Any]:
             label="isValid(datum.restoration) ? "
             "format(datum.restoration, abs(datum.restoration) < 9.95 ? '.1f' : '.0f') : ''"
         ).mark_text(fontSize=small, color=theme.PAPER_INK)
-        return alt.layer(cells, label.encode(x=x, y=y, text=alt.Text("label:N"))).properties(
-            width=340, height=height, title=f"{theme.COMPONENT[component]} ablated"
+        return layout.layered(
+            cells,
+            label.encode(x=x, y=y, text=alt.Text("label:N")),
+            width=340,
+            height=height,
+            title=f"{theme.COMPONENT[component]} ablated",
         )
 
     params = (

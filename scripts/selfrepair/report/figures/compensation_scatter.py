@@ -57,8 +57,14 @@ def build(frames: Frames) -> dict[str, Any]:
         )
         note = line.transform_calculate(label=label).mark_text(align="left", fontSize=12, color=theme.INK)
         placed = note.encode(x=alt.XValue(8), y=alt.YValue(14), text=alt.Text("label:N"))
-        return alt.layer(diagonal, dots, fit, placed).properties(
-            width=330, height=260, title=f"{theme.COMPONENT[component]} ablated, one layer"
+        return layout.layered(
+            diagonal,
+            dots,
+            fit,
+            placed,
+            width=330,
+            height=260,
+            title=f"{theme.COMPONENT[component]} ablated, one layer",
         )
 
     def all_layers(component: str) -> Any:
@@ -76,8 +82,8 @@ def build(frames: Frames) -> dict[str, Any]:
         zero = (
             alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y=alt.Y("at:Q"))
         )
-        return alt.layer(zero, dots).properties(
-            width=330, height=260, title=f"{theme.COMPONENT[component]} ablated, all layers"
+        return layout.layered(
+            zero, dots, width=330, height=260, title=f"{theme.COMPONENT[component]} ablated, all layers"
         )
 
     params = (

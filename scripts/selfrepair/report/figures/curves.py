@@ -123,7 +123,7 @@ def _panel(
         rule = reference.mark_rule(strokeDash=[2, 3], color=theme.MUTED)
         layers.insert(0, rule.encode(y=alt.Y("at:Q", scale=scale, title=row.title)))
     heading = f"{theme.COMPONENT[component]} ablated"
-    return alt.layer(*layers).properties(width=WIDTH, height=HEIGHT, title=heading)
+    return layout.layered(*layers, width=WIDTH, height=HEIGHT, title=heading)
 
 
 def melted(table: pl.DataFrame, keys: Sequence[str], measures: Sequence[str]) -> pl.DataFrame:

@@ -101,7 +101,7 @@ def build(frames: Frames) -> dict[str, Any]:
             )
         )
         height = max(40, SIDE * len(frames.ablated) // frames.n_layers)
-        return alt.layer(cells, best).properties(width=SIDE, height=height)
+        return layout.layered(cells, best, width=SIDE, height=height)
 
     grid = [layout.row(*[panel(name, later) for later in COMPONENTS]) for name in frames.components]
     params = (

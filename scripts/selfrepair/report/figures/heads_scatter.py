@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import classes, controls, head_points, scales, theme, wording
+from selfrepair.report.figures import classes, controls, head_points, layout, scales, theme, wording
 from selfrepair.report.figures.classes import CLASSES, READING, READINGS
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import CELL, Frames
@@ -74,14 +74,16 @@ def build(frames: Frames) -> dict[str, Any]:
     )
     upright = base.transform_filter("isValid(datum.repair_low)").mark_rule(opacity=0.25, color=theme.INK)
     flat = base.transform_filter("isValid(datum.loss_low)").mark_rule(opacity=0.25, color=theme.INK)
-    drawing = alt.layer(
+    drawing = layout.layered(
         head_points.zero(),
         head_points.diagonal(base, "shown_loss"),
         upright.encode(x=x, y=alt.Y("shown_repair_low:Q"), y2=alt.Y2("shown_repair_high:Q")),
         flat.encode(x=alt.X("shown_loss_low:Q"), x2=alt.X2("shown_loss_high:Q"), y=y),
         dots,
         head_points.names(base, x, y),
-    ).properties(width=SIDE, height=SIDE * 4 // 5)
+        width=SIDE,
+        height=SIDE * 4 // 5,
+    )
     return {
         "caption": (
             "Each point is an attention head: mean repair against mean direct loss when the head is ablated; lines are "

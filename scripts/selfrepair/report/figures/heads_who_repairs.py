@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from selfrepair.report.figures import controls, theme, wording
+from selfrepair.report.figures import controls, layout, theme, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import SITE, Frames, determined
 
@@ -117,8 +117,8 @@ def build(frames: Frames) -> dict[str, Any]:
         .encode(x=x, y=y, tooltip=tooltip)
     )
     widest = max((group["later"].n_unique() for _, group in drawn.group_by("source", "ablation")), default=1)
-    step = alt.Step(min(STEPS[1], max(STEPS[0], SIDE // widest)))
-    drawing = alt.layer(cells, dots).properties(width=step, height=step)
+    step = {"step": min(STEPS[1], max(STEPS[0], SIDE // widest))}
+    drawing = layout.layered(cells, dots, width=step, height=step)
     some = table.filter("selected").height
     return {
         "caption": (

@@ -126,8 +126,8 @@ def build(frames: Frames) -> dict[str, Any]:
         rule = alt.Chart(alt.NamedData("after")).transform_filter(picked).transform_aggregate(at="min(layer)")
         at = rule.mark_rule(strokeDash=[3, 3], color=theme.MUTED).encode(x=alt.X("at:Q"))
         name = "attention" if read == ATTN else "MLP"
-        return alt.layer(at, base, draws, mean).properties(
-            width=340, height=230, title=f"direct effect of each layer's {name}"
+        return layout.layered(
+            at, base, draws, mean, width=340, height=230, title=f"direct effect of each layer's {name}"
         )
 
     shown = chart("texts", texts, f"datum.key === {PROMPT}").transform_calculate(

@@ -93,8 +93,14 @@ def build(frames: Frames) -> dict[str, Any]:
             ],
         )
         marks = scales.off_scale(mean, "value", on_line=True, x=alt.X("layer:Q"), y=alt.Y("shown:Q"))
-        return alt.layer(lines, band, line, marks).properties(
-            width=330, height=190, title=f"{theme.COMPONENT[component]}, {MEASURES[measure].split(' (')[0]}"
+        return layout.layered(
+            lines,
+            band,
+            line,
+            marks,
+            width=330,
+            height=190,
+            title=f"{theme.COMPONENT[component]}, {MEASURES[measure].split(' (')[0]}",
         )
 
     grid = [

@@ -35,7 +35,7 @@ def build(frames: Frames) -> dict[str, Any]:
             tooltip=points.tooltip(("unembed", "Δunembed"), ("drop", "drop")),
         )
         layers = regions.marks(base, "shown_unembed", "shown_drop")
-        return alt.layer(*layers, dots).properties(width=330, height=330, title=theme.COMPONENT[component])
+        return layout.layered(*layers, dots, width=330, height=330, title=theme.COMPONENT[component])
 
     params = (
         controls.source(frames),

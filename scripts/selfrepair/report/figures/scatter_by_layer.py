@@ -4,7 +4,7 @@ from typing import Any
 
 import altair as alt
 
-from selfrepair.report.figures import controls, points, regions, theme, wording
+from selfrepair.report.figures import controls, layout, points, regions, theme, wording
 from selfrepair.report.figures.figure import specification
 from selfrepair.report.figures.frames import Frames
 
@@ -77,9 +77,7 @@ def build(frames: Frames) -> dict[str, Any]:
         controls.checkbox(OWN_NORM, "Δunembed with the contribution's own norm"),
         controls.only_correct(frames),
     )
-    drawing = alt.layer(*regions.marks(base, "x", "y", size=12), dots, means).properties(
-        width=520, height=430
-    )
+    drawing = layout.layered(*regions.marks(base, "x", "y", size=12), dots, means, width=520, height=430)
     middle = frames.ablated[len(frames.ablated) // 2]
     return {
         "caption": (

@@ -97,8 +97,8 @@ def build(frames: Frames) -> dict[str, Any]:
             ],
         )
         bounds = band.encode(x=x, y=alt.Y("shown_low:Q", title="share"), y2="shown_high:Q", color=colour)
-        return alt.layer(zero, bounds, line.add_params(highlight)).properties(
-            width=WIDTH, height=HEIGHT, title=PANELS[part]
+        return layout.layered(
+            zero, bounds, line.add_params(highlight), width=WIDTH, height=HEIGHT, title=PANELS[part]
         )
 
     drawing = layout.column(

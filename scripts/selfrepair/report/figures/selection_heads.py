@@ -7,7 +7,7 @@ import polars as pl
 
 from selfrepair.analysis.published import PUBLISHED_QUANTILE
 from selfrepair.effects.position_columns import BY_UNEMBED, QUANTILES
-from selfrepair.report.figures import controls, head_points, scales, wording
+from selfrepair.report.figures import controls, head_points, layout, scales, wording
 from selfrepair.report.figures.figure import chart, csv, specification
 from selfrepair.report.figures.frames import Frames
 from selfrepair.report.figures.head_points import LABELLED, SIDE
@@ -50,12 +50,14 @@ def build(frames: Frames) -> dict[str, Any]:
             alt.Tooltip("rows:Q", format=",d"),
         ],
     )
-    drawing = alt.layer(
+    drawing = layout.layered(
         head_points.zero(),
         head_points.diagonal(base, "shown_mean_unembed"),
         dots,
         head_points.names(base, x, y),
-    ).properties(width=SIDE, height=SIDE * 4 // 5)
+        width=SIDE,
+        height=SIDE * 4 // 5,
+    )
     labelled = [wording.percent(top) if top >= 0.01 else f"{100 * top:g} %" for top in QUANTILES]
     return {
         "caption": (

@@ -67,12 +67,15 @@ def panels(frames: Frames, table: pl.DataFrame, colours: dict[str, str], title: 
         zero = (
             alt.Chart(alt.InlineData(values=[{"at": 0}])).mark_rule(color=theme.MUTED).encode(y=alt.Y("at:Q"))
         )
-        return alt.layer(
+        return layout.layered(
             bars,
             zero,
             interval,
             mark,
             scales.off_scale(total, "value", prefix=TOTAL, x=x, y=alt.Y("shown_value:Q")),
-        ).properties(width=340, height=240, title=f"{theme.COMPONENT[component]} ablated")
+            width=340,
+            height=240,
+            title=f"{theme.COMPONENT[component]} ablated",
+        )
 
     return layout.row(*[panel(name) for name in frames.components])

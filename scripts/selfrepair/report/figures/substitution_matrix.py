@@ -88,7 +88,9 @@ def build(frames: Frames) -> dict[str, Any]:
         numbers = base.mark_text(fontSize=10, color=theme.PAPER_INK).encode(
             x=x, y=y, text=alt.Text("label:N")
         )
-        return alt.layer(cells, numbers).properties(
+        return layout.layered(
+            cells,
+            numbers,
             width=size * len(columns),
             height=max(30, 28 * len(frames.sources)),
             title=f"{theme.COMPONENT[component]}: {title}",
