@@ -116,19 +116,27 @@ def test_what_would_stop_a_run_is_found_before_it(
         assert fact in text, text
 
 
-@pytest.mark.parametrize(("memory", "devices", "remedy"), [(8000, 1, 2), (4500, 2, 3), (2000, 1, None)])
+@pytest.mark.parametrize(
+    ("memory", "devices", "item", "remedy"),
+    [
+        (8000, 1, 2, "set `devices: 2`, or set `device: cpu`."),
+        (4500, 2, 2, "set `devices: 3`, or set `device: cpu`."),
+        (2000, 1, 2, "set `device: cpu`."),
+        (4000, 1, 4, "set `dtype: bfloat16`, or set `device: cpu`."),
+    ],
+)
 def test_weights_that_do_not_fit_are_refused_with_the_numbers(
-    root: Path, monkeypatch: pytest.MonkeyPatch, memory: int, devices: int, remedy: int | None
+    root: Path, monkeypatch: pytest.MonkeyPatch, memory: int, devices: int, item: int, remedy: str
 ) -> None:
     monkeypatch.setattr(check.devices, "cuda_memory", lambda: [memory] * 4)
     raw = values()
     raw["models"]["demo"].update(devices=devices)
-    # 4 layers of 1000 parameters and embeddings of 500, 2 bytes each.
-    monkeypatch.setattr(check, "size_of", lambda _model: Size(4500, 500, 4, 8, 4, 50, 2))
+    # 4 layers of 1000 parameters and embeddings of 500.
+    monkeypatch.setattr(check, "size_of", lambda _model: Size(4500, 500, 4, 8, 4, 50, item))
     (error,) = check.problems(config(root, raw))
-    assert f"9e-06 GB of weights in float32 do not fit on {devices} device" in error.what
+    assert f"{4500 * item / 1e9:.3g} GB of weights in float32 do not fit on {devices} device" in error.what
     assert f"and has {memory / 1e9:.3g} GB" in error.what
-    assert error.remedy.startswith(f"set `devices: {remedy}`" if remedy else "set `dtype")
+    assert error.remedy == remedy
     monkeypatch.setattr(check.devices, "cuda_memory", lambda: [10**9] * 4)
     assert not check.problems(config(root, raw))
 
