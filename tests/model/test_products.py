@@ -2,11 +2,18 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from selfrepair.effects.ablations import Zero
+from selfrepair.effects.measure import Settings, measure
+from selfrepair.effects.runs import CleanRuns
 from selfrepair.models import products
+from selfrepair.models.loading import wrap
 from selfrepair.models.products import product, use_fast_products
+from selfrepair.planning.sites import Site
+from selfrepair.prompts.prompt import Prompt
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -55,6 +62,13 @@ def test_only_large_float32_products_go_to_onednn(processor, monkeypatch):
     assert asked == [(63, torch.float32), (64, torch.float64), (64, torch.bfloat16)]
 
 
+def test_gradients_of_large_products_are_those_of_pytorch(processor):
+    """The readout of heads differentiates the output projection; oneDNN's operation has no gradient."""
+    x, weight = torch.randn(64, 128, requires_grad=True), torch.randn(128, 128)
+    (found,) = torch.autograd.grad(product(x, weight, None).sum(), x)
+    torch.testing.assert_close(found, weight.sum(0).expand(64, -1))
+
+
 @pytest.mark.parametrize(("maker", "slow"), MAKERS.items())
 def test_the_maker_of_the_processor_decides(processor, maker, slow):
     class Other(nn.Linear):
@@ -99,3 +113,28 @@ def test_a_model_gives_the_same_logits_and_can_be_copied_into_float64(processor,
     assert float((ours - exact).abs().max()) < 1e-5 * scale
     assert float((ours - plain).abs().max()) < 1e-5 * scale
     assert torch.equal(copy.deepcopy(model).double()(input_ids=ids).logits, exact)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_cells_of_heads_and_layers_are_those_of_pytorchs_products(processor, kind, positions, monkeypatch):
+    """Everything that the engine does with a model: checks at load, clean runs, readout of heads, ablated runs."""
+    ids = torch.randint(3, 200, (3, 9), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [Prompt(number, tuple(row)) for number, row in enumerate(ids)]
+
+    def cell():
+        model = tiny_models.build(kind, torch.float32)
+        use_fast_products(model)
+        loaded = wrap(model)
+        path = "rows" if positions == "last" else "replay"
+        runs = CleanRuns(loaded, prompts, positions, path == "rows", 4096, 1 << 30, heads=True)
+        sites = (Site(1, "attn"), Site(1, "mlp"), *loaded.head_sites(1))
+        columns = measure(loaded, runs, Zero(), Settings(sites, 1, positions, path, 4096))
+        return {name: columns[name] for name in ("delta_unembed", "delta_ablate", "direct_effect")}
+
+    monkeypatch.setattr(products, "_FEWEST", 1)
+    fast = cell()
+    processor("GenuineIntel")
+    for name, expected in cell().items():
+        np.testing.assert_allclose(fast[name], expected, atol=1e-4)
+        assert np.abs(expected).max() > 0.1

@@ -50,8 +50,9 @@ def mkl_is_slow() -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (..., in), (out, in) -> (..., out)
-    """Return x W^T + b, by oneDNN if the product is large and in float32 on the CPU."""
-    if x.numel() * len(weight) >= _FEWEST and x.dtype == weight.dtype == torch.float32 and x.is_cpu:
+    """Return x W^T + b, by oneDNN if the product is large, in float32 on the CPU, and not to be differentiated."""
+    large = x.numel() * len(weight) >= _FEWEST and x.dtype == weight.dtype == torch.float32
+    if large and x.is_cpu and not x.requires_grad:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return functional.linear(x, weight, bias)
 
