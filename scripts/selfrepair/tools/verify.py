@@ -226,7 +226,7 @@ def verify(paths: Sequence[Path], rows: int, seed: int, device: str) -> list[Dif
                     remedy="run the workflow again, or put the model back.",
                 )
         differences += compare(chosen, loaded)
-        worst = max(differences[-len(chosen) :], key=lambda difference: difference.excess)
+        worst = max(differences[-len(chosen) :], key=lambda difference: difference.value)
         print(
             f"{base}: {len(chosen)} rows, at most {worst.value:.2g} logits apart ({worst.allowed:.2g} allowed)"
         )
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str]) -> int:
     if not differences:
         print("there are no cells to compare", file=sys.stderr)
         return 2
-    worst = max(differences, key=lambda difference: difference.excess)
+    worst = max(differences, key=lambda difference: difference.value)
     beyond = [difference for difference in differences if difference.excess > 1]
     print(
         f"largest difference of {len(differences)} rows: {worst.value:.3g} logits ({worst.column}); "
