@@ -225,6 +225,22 @@ def test_huge_activations_at_the_first_position_do_not_hide_errors_at_others(mon
             selftest.choose(loaded, ids, "all", "every")
 
 
+def test_ledgers_must_close_at_positions_that_are_not_compared(monkeypatch):
+    loaded = wrap(tiny_models.build("llama", torch.float32))
+    compared = selftest._Expected(loaded, list(IDS), "all", "every").compared
+    other = next(at for at in range(LENGTH) if not any(at in positions for positions in compared))
+
+    def leaking(*arguments):
+        effects = ablate(*arguments)
+        error = torch.zeros(len(effects.direct_effect))
+        error.view(-1, LENGTH)[:, other] = 1.0
+        return dataclasses.replace(effects, direct_effect=effects.direct_effect + error)
+
+    monkeypatch.setattr(selftest, "ablate", leaking)
+    with pytest.raises(InputError, match="the ledger is open by 1 logits"):
+        selftest.choose(loaded, list(IDS), "all", "every")
+
+
 def _without_middle(correct):
     """An engine that is right at the last position and wrong at all others."""
 

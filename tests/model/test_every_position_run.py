@@ -16,7 +16,7 @@ from selfrepair.effects.columns import EFFECT, names
 from selfrepair.jobs import position_tables
 from selfrepair.jobs.stages import effects
 from selfrepair.planning import config_loading, grid
-from selfrepair.planning.costs import row_bytes_held
+from selfrepair.planning.row_memory import row_bytes_held
 from selfrepair.storage import tables
 from selfrepair.tools import verify
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import projects
 import pytest
 import yaml
-from selfrepair.planning import costs, modelsize
+from selfrepair.planning import costs, modelsize, row_memory
 from selfrepair.planning.config import Model
 from selfrepair.planning.modelsize import Size, size_of
 from selfrepair.planning.spreading import devices_needed, largest_load
@@ -290,7 +290,7 @@ def test_reading_every_position_costs_a_row_each_of_which_a_share_is_stored(root
     assert found["every"].memory == found["last"].memory and found["last"].rows_held == 0
     assert found["top"].rows_held == costs.held_rows_bytes(experiment, costs.size_of(model), 10) > 0
     held = (
-        3 * (5 * 2 * 5 * 9) * 4 * (2 * 8 + costs._SCALARS)
+        3 * (5 * 2 * 5 * 9) * 4 * (2 * 8 + row_memory._SCALARS)
     )  # rows of 4 heads and the attention, 9 positions
     size = costs.size_of(model)
     assert costs.held_rows_bytes(experiment, size, 10) == pytest.approx(

@@ -48,9 +48,8 @@ def norm_effect(
     return ablated_logit * (1 - ablated_sigma / clean_sigma)
 
 
-@functools.lru_cache(
-    maxsize=1 << 10
-)  # a GPU waits for every copy to it, and each pass of a layer needs the same two
+# Kept, because a GPU waits for every copy to it, and each pass of a layer needs the same two.
+@functools.lru_cache(maxsize=1 << 10)
 def reached(
     ablated: Site, parallel: bool, layers: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:  # (layer,), (layer,)

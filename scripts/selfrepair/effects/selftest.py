@@ -48,9 +48,8 @@ class Choice:
 
     path: str
     error: float  # largest absolute difference of any effect column, in logits
-    tolerance: (
-        float  # largest difference allowed, in logits; with `read: every` of the position nearest to its own
-    )
+    # Largest difference allowed, in logits. With `read: every` both are those of the position nearest to its limit.
+    tolerance: float
     rejected: dict[str, str]
 
 
@@ -252,10 +251,8 @@ class _Expected:
             groups = [blocks] if path == "rows" else [[block] for block in blocks]
             measured = [ablate(loaded, group, site, self.positions, path) for group in groups]
             # Engine and reference share the adapter: a wrong one may leave both open by the same amount.
-            ledger = self._at_compared([effects.ledger_error() for effects in measured])
-            for first, tolerance in self.tolerance.items():
-                gap = float(ledger[self.first == first].max())
-                if not gap <= tolerance:
+            for first, gap in self._ledgers([effects.ledger_error() for effects in measured]).items():
+                if not gap <= self.tolerance[first]:
                     raise InputError(f"the ledger is open by {gap:.2g} logits ({site})")
             for column in names(EFFECT, LOGIT):
                 actual = self._at_compared([getattr(effects, column) for effects in measured])
@@ -266,6 +263,17 @@ class _Expected:
                     worst[first] = max(worst[first], float(difference[self.first == first].max()))
         nearest = max(worst, key=lambda first: worst[first] / self.tolerance[first])
         return worst[nearest], self.tolerance[nearest]
+
+    def _ledgers(self, errors: list[Tensor]) -> dict[bool, float]:
+        """Return the largest ledger errors at the first position and elsewhere; all positions that are read count."""
+        if self.read == "last":
+            return {False: float(torch.cat(errors).max())}
+        by_position = [error.unflatten(0, (2, -1)) for error in errors]
+        parts = {
+            True: [error[:, :1].flatten() for error in by_position],
+            False: [error[:, 1:].flatten() for error in by_position],
+        }
+        return {first: float(torch.cat(parts[first]).max()) for first in self.tolerance}
 
     def _at_compared(self, values: list[Tensor]) -> Tensor:  # (row,), float64
         """Return one value per row that has a reference, from the engine's values of all positions it reads."""

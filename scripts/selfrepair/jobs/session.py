@@ -14,7 +14,7 @@ from selfrepair.models.adapter import text_config
 from selfrepair.models.device import pick_devices
 from selfrepair.models.loading import LoadedModel, load
 from selfrepair.models.weights import ModelSpec, local_snapshot
-from selfrepair.planning.costs import row_bytes
+from selfrepair.planning.row_memory import row_bytes
 from selfrepair.prompts.prompt import Prompt
 from selfrepair.prompts.tokenizers import load_tokenizer
 

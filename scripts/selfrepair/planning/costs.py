@@ -11,6 +11,7 @@ from selfrepair.planning.ablations import REPLACE
 from selfrepair.planning.config import Experiment, Model
 from selfrepair.planning.modelsize import Size, size_of
 from selfrepair.planning.outcomes import DISTRIBUTION, distribution_bytes
+from selfrepair.planning.row_memory import ROWS_HELD, row_bytes, row_bytes_held
 from selfrepair.planning.sites import HEADS, MLP
 
 _OWN_MLP = 0.65  # part of a layer's parameters that its MLP has: what an attention ablation also runs through
@@ -20,8 +21,6 @@ _PAIR_OF_SUMMARY = 61  # the same in summary/downstream.parquet
 _PASS = 4096  # tokens of a pass on a CPU
 _SELECTIONS = 2400  # bytes of an ablated site in selections/, compressed
 _SELECTED_PROMPT = 3 * 8 * 10 * 4  # bytes of a prompt in its metadata: selections x quantiles x sums
-ROWS_HELD = 1 << 30  # bytes of rows of a cell with `read: every` that are measured before they are reduced
-_SCALARS = 25  # numbers of a row beside its lists, with every outcome
 _PAGES = 30 << 20  # bytes of the figures and the report of an experiment and model
 
 
@@ -133,11 +132,6 @@ def held_rows_bytes(experiment: Experiment, size: Size, length: float) -> float:
     return min(sites * one, max(one, ROWS_HELD)) + sites * one * (experiment.keep or 1.0)
 
 
-def row_bytes_held(rows: float, layers: int) -> float:
-    """Return the bytes of main memory of rows with `read: every`: three copies while they are put in order."""
-    return 3 * rows * 4 * (2 * layers + _SCALARS)
-
-
 def _positions_read(experiment: Experiment, length: float) -> float:
     """Return the number of rows of one ablated run of a prompt of `length` tokens."""
     if experiment.read == "last":
@@ -163,16 +157,6 @@ def _pairs(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:
     """Return the pairs of an ablated site and a later head of one source and ablation."""
     sites = _sites(experiment, size)
     return sum(sites * (size.layers - layer - 1) * size.heads for layer in layers)
-
-
-def row_bytes(item: int, width: int, widest: int, heads: int, length: float) -> float:
-    """Return an upper estimate of the bytes that one token takes in a pass over prompts of `length` tokens.
-
-    Counted: eight vectors of the residual stream and four of the widest product of a layer in the model's precision,
-    four readout vectors in float32, and two float32 rows of attention scores. No row has the vocabulary's size. An
-    ablated head is a row as well, and its inputs of the output projection are no wider than the widest product.
-    """
-    return item * (8 * width + 4 * widest) + 4 * (4 * width) + 2 * 4 * heads * length
 
 
 def later_heads_bytes(experiment: Experiment, size: Size, layers: Sequence[int]) -> int:

@@ -37,7 +37,7 @@ from selfrepair.models.head_readout import heads_add_up
 from selfrepair.models.loading import LoadedModel
 from selfrepair.models.weights import ModelSpec
 from selfrepair.planning.ablations import ACTIVATIONS, STD, kind
-from selfrepair.planning.costs import ROWS_HELD, row_bytes_held
+from selfrepair.planning.row_memory import ROWS_HELD, row_bytes_held
 from selfrepair.planning.sites import COMPONENTS, HEAD, HEADS, Site
 from selfrepair.prompts import tokens as prompts
 from selfrepair.prompts.prompt import Prompt
